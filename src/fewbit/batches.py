@@ -1,0 +1,119 @@
+"""Calibration data in the forms that people have them: tensors, tuples, dicts, a DataLoader with labels."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import CalibrationError
+
+LABELS = ("labels", "label", "targets", "target", "y")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one forward."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, model: nn.Module) -> Any:
+        return model(*self.args, **self.kwargs)
+
+    def describe(self) -> str:
+        """The shapes and dtypes of all tensors."""
+        named = {**{str(number): value for number, value in enumerate(self.args)}, **self.kwargs}
+        return ", ".join(f"{name}: {_describe(value)}" for name, value in named.items()) or "no inputs"
+
+
+def calls(model: nn.Module, batches: Any) -> Iterator[Call]:
+    """Each batch as the arguments of ``model``'s forward.
+
+    A tensor is the one argument, a tuple or list are positional arguments, a mapping keyword arguments. What a data loader
+    adds for training is dropped where forward does not take it: a last element beyond forward's parameters, and entries of
+    a mapping named as in LABELS. CalibrationError if there is no batch, or a batch cannot be the arguments of forward.
+    """
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise CalibrationError(
+            f"calibration: found one {type(batches).__name__}, needs an iterable of batches: a list of them, a DataLoader."
+        )
+    number = -1
+    for number, batch in enumerate(batches):
+        yield to_call(model, batch, f"calibration batch {number}")
+    if number < 0:
+        raise CalibrationError("calibration: found no batch; 100 to 1000 samples are usual.")
+
+
+def to_call(model: nn.Module, batch: Any, where: str) -> Call:
+    """One batch as the arguments of ``model``'s forward; CalibrationError if it cannot be."""
+    signature = inspect.signature(model.forward)
+    if isinstance(batch, Mapping):
+        kwargs = {str(key): value for key, value in batch.items()}
+        accepts_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        if not accepts_any:
+            dropped = [key for key in kwargs if key in LABELS and key not in signature.parameters]
+            kwargs = {key: value for key, value in kwargs.items() if key not in dropped}
+        call = Call((), kwargs)
+    elif isinstance(batch, (tuple, list)):
+        call = Call(tuple(batch), {})
+        if len(batch) > 1 and not _binds(signature, call):
+            without_label = Call(tuple(batch[:-1]), {})
+            call = without_label if _binds(signature, without_label) else call
+    elif isinstance(batch, Tensor):
+        call = Call((batch,), {})
+    else:
+        raise CalibrationError(f"{where}: found a {type(batch).__name__}, needs a tensor, a tuple or a dict of them.")
+    if not _binds(signature, call):
+        takes = ", ".join(str(parameter) for parameter in signature.parameters.values())
+        raise CalibrationError(f"{where}: found {call.describe()}; {type(model).__name__}.forward takes ({takes}).")
+    return call
+
+
+def run(model: nn.Module, call: Call, where: str) -> Any:
+    """``model`` on one call, without gradients; what the model raises becomes a CalibrationError that says on what."""
+    try:
+        with torch.no_grad():
+            return call.run(model)
+    except CalibrationError:
+        raise
+    # A model raises anything on inputs it was not made for.
+    except Exception as error:
+        hint = ""
+        if any(isinstance(x, Tensor) and x.dim() <= 1 and not x.is_floating_point() for x in call.args):
+            hint = " A one-dimensional integer tensor looks like labels: give the inputs alone."
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CalibrationError(
+            f"{where}: {type(model).__name__} raised {type(error).__name__} on {call.describe()}: {first}{hint}"
+        ) from error
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode for a while; afterwards each of its modules is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _binds(signature: inspect.Signature, call: Call) -> bool:
+    try:
+        signature.bind(*call.args, **call.kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__

@@ -1,0 +1,148 @@
+"""The verbs as subcommands. No logic: each calls the function of the same name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import fewbit
+from fewbit.errors import EvaluationError, FewbitError
+from fewbit.report import write_report
+from fewbit.search.answer import FLOAT
+from fewbit.targets import saved_bytes
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=fewbit.__doc__)
+console = Console(highlight=False, soft_wrap=True)
+
+Source = Annotated[Path, typer.Argument(metavar="TASK", help="a task.py, or a Hugging Face folder")]
+Exclude = Annotated[list[str] | None, typer.Option(help="pattern of layers to leave in float; may be repeated")]
+MaxDrop = Annotated[float, typer.Option(help="the most that may be lost, in the units of the score")]
+Confidence = Annotated[float, typer.Option(help="with which it is to be shown, one-sided")]
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine is: CPU features, cores, memory, versions, extras."""
+    machine = fewbit.probe()
+    table = Table(show_header=False, box=None)
+    table.add_row("CPU", machine.cpu)
+    table.add_row("features", ", ".join(machine.features) or "none that quantized kernels use")
+    table.add_row("cores", f"{machine.cores}, {machine.threads} threads used by torch")
+    table.add_row("memory", f"{machine.memory / 2**30:.1f} GiB")
+    table.add_row("accelerator", machine.accelerator)
+    table.add_row("system", machine.system)
+    for name, version in machine.versions.items():
+        table.add_row(name, version)
+    console.print(table)
+
+
+@app.command()
+def quantize(
+    source: Source,
+    recipe: Annotated[str, typer.Option(help=f"one of {', '.join(fewbit.presets())}, or a .toml file")],
+    out: Annotated[Path, typer.Option(help="folder for the quantized model")],
+    exclude: Exclude = None,
+) -> None:
+    """Quantize a model and save it."""
+    task = fewbit.load_task(source)
+    quantized = fewbit.quantize(task.model, recipe, task.calibration, exclude or ())
+    folder = fewbit.save(quantized, out)
+    console.print(fewbit.plan_of(quantized).summary())
+    console.print(f"saved to {folder}: {saved_bytes(folder) / 1e6:.2f} MB")
+
+
+@app.command()
+def auto(
+    source: Source,
+    max_drop: MaxDrop,
+    out: Annotated[Path, typer.Option(help="folder for the model, answer.json and report.html")],
+    confidence: Confidence = 0.95,
+    time_limit: Annotated[float | None, typer.Option(help="seconds after which no further recipe is tried")] = None,
+) -> None:
+    """Find the fastest quantized model within the budget; exit code 0 if there is one, 2 if not."""
+    task = fewbit.load_task(source)
+    if task.evaluate is None:
+        raise EvaluationError(f"{source}: auto needs a task with an evaluate function.")
+    answer = fewbit.autoquantize(
+        task.model,
+        calibration=task.calibration,
+        evaluate=task.evaluate,
+        budget=fewbit.Budget(max_drop, confidence),
+        example_inputs=task.example_inputs,
+        time_limit=time_limit,
+    )
+    answer.save(out)
+    (out / "answer.json").write_text(json.dumps(answer.to_json(), indent=1), encoding="utf-8")
+    report = answer.report(out / "report.html")
+    console.print(_trials_table(answer))
+    console.print(answer.explain())
+    console.print(f"report: {report}" + ("" if answer.chosen.recipe == FLOAT else f"; model: {out}"))
+    raise typer.Exit(0 if answer.verdict == "pass" else 2)
+
+
+@app.command()
+def compare(
+    source: Source,
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a model that fewbit saved from this task")],
+    max_drop: Annotated[float | None, typer.Option(help="judge the drop against this budget")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the figures to this JSON file")] = None,
+) -> None:
+    """Measure a saved quantized model beside its float one."""
+    task = fewbit.load_task(source)
+    batches = [task.example_inputs] if task.calibration is None else task.calibration
+    if batches == [None]:
+        raise FewbitError(f"{source}: compare needs a task with calibration batches or example_inputs.")
+    quantized = fewbit.load(checkpoint, task.model)
+    budget = None if max_drop is None else fewbit.Budget(max_drop)
+    comparison = fewbit.compare(task.model, quantized, batches, task.evaluate, budget)
+    console.print(str(comparison))
+    if out is not None:
+        data = {**comparison.to_json(), "text": str(comparison)}
+        out.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+
+@app.command()
+def report(
+    source: Annotated[Path, typer.Argument(help="a JSON file of compare or auto, or a folder with report.json")],
+    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
+) -> None:
+    """Render measured figures as one HTML file."""
+    file = source / "report.json" if source.is_dir() else source
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FewbitError(f"{file}: cannot be read as JSON: {error}.") from None
+    if not isinstance(data, dict):
+        raise FewbitError(f"{file}: found a {type(data).__name__}, needs the report of auto or compare.")
+    console.print(f"wrote {write_report(data, out)}")
+
+
+def _trials_table(answer: fewbit.Answer) -> Table:
+    table = Table("recipe", "score", "drop", "95 % interval", "latency ms", "size MB", "verdict")
+    for trial in answer.trials:
+        row: list[Any] = [trial.recipe]
+        if trial.problem is not None or trial.scores is None or trial.latency is None or trial.size is None:
+            table.add_row(trial.recipe, *[""] * 5, "not tried")
+            continue
+        interval = trial.scores.interval() if trial.verdict is not None else None
+        row += [f"{trial.scores.quantized_score:.4g}", "" if trial.verdict is None else f"{trial.scores.drop:.4g}"]
+        row += ["" if interval is None else f"{interval[0]:.4g} to {interval[1]:.4g}"]
+        row += [f"{trial.latency.median:.2f}", f"{trial.size / 1e6:.2f}"]
+        row += ["" if trial.verdict is None else trial.verdict.verdict]
+        table.add_row(*row)
+    return table
+
+
+def main() -> None:
+    """The command ``fewbit``. Errors of fewbit are one line on standard error and exit code 1."""
+    try:
+        app()
+    except FewbitError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"fewbit: {error}", markup=False)
+        sys.exit(1)

@@ -1,0 +1,69 @@
+"""Who feeds whom, read from torch.export: the one place that looks at graphs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator on parameters of a module."""
+
+    operator: str  # aten's name without overload: "conv2d", "batch_norm", "linear"
+    module: str  # the module that owns its weight
+    feeds: tuple[Call | None, ...]  # the calls that read its result; None for any other reader
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The operators of a model that own parameters, in order of execution."""
+
+    calls: tuple[Call, ...]
+
+    def calls_of(self, module: str) -> list[Call]:
+        return [call for call in self.calls if call.module == module]
+
+
+def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Topology | str:
+    """The topology of ``model`` in eval mode on these inputs, or why torch.export cannot give it."""
+    level = logging.getLogger("torch.export").level
+    logging.getLogger("torch.export").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, args, kwargs, strict=False)
+    # torch.export raises whatever the model's own code raises on traced values: any of it means "does not export".
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        return f"torch.export: {type(error).__name__}: {first[:200]}"
+    finally:
+        logging.getLogger("torch.export").setLevel(level)
+    signature = program.graph_signature
+    owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    calls: dict[Node, Call] = {}
+    for node in reversed(program.graph.nodes):
+        owner = _owner(node, owners)
+        if owner is not None:
+            calls[node] = Call(_operator(node), owner, tuple(calls.get(user) for user in node.users))
+    return Topology(tuple(reversed(calls.values())))
+
+
+def _operator(node: Node) -> str:
+    return str(getattr(node.target, "_opname", node.target))
+
+
+def _owner(node: Node, owners: dict[str, str]) -> str | None:
+    """The module whose parameter or buffer the operator takes as an argument after its first."""
+    if node.op != "call_function":
+        return None
+    for argument in node.args[1:]:
+        if isinstance(argument, Node) and argument.name in owners:
+            return owners[argument.name].rpartition(".")[0]
+    return None

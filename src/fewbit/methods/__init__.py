@@ -1,0 +1,14 @@
+"""One weight to codes: one file a method, one line an entry in METHODS."""
+
+from __future__ import annotations
+
+from fewbit.methods.method import Method
+from fewbit.methods.mse import MeanSquaredError
+from fewbit.methods.rtn import RoundToNearest
+
+METHODS: dict[str, Method] = {
+    "rtn": RoundToNearest(),
+    "mse": MeanSquaredError(),
+}
+
+__all__ = ["METHODS", "MeanSquaredError", "Method", "RoundToNearest"]

@@ -1,0 +1,128 @@
+"""What a quantized layer is: an ordinary module whose weights are plain buffers."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.qtensor import QTensor, empty, fake_quantize
+from fewbit.spec import QuantSpec, Scheme
+
+
+class QuantizedLayer(nn.Module):
+    """The quantized twin of a float layer.
+
+    Each weight W is kept as buffers ``W_packed``, ``W_scale`` and ``W_zero_point`` (asymmetric formats only); two-level
+    scales as ``W_scale_packed``, ``W_scale_scale`` and so on. A static input grid is kept as ``input_scale`` and
+    ``input_zero_point``. Everything else is as in the float layer. The layer computes in the dtype of its input.
+    """
+
+    accepts_input_spec = True  # whether the input can be quantized at all
+    accepts_static_input = True  # whether its range can be fixed by calibration
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self,
+        module: nn.Module,
+        scheme: Scheme,
+        weights: Mapping[str, QTensor],
+        input_grid: tuple[Tensor, Tensor | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self._shapes = {name: weight.shape for name, weight in weights.items()}
+        for name, weight in weights.items():
+            self._store(name, weight)
+        scale, zero_point = (None, None) if input_grid is None else input_grid
+        self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero_point", zero_point)
+        self._adopt(module)
+        self.train(module.training)
+
+    @staticmethod
+    @abstractmethod
+    def matrices(module: nn.Module) -> dict[str, Tensor]:
+        """The weights of the float layer as ``[rows, columns]``, one row an output channel, by parameter name."""
+
+    @staticmethod
+    def refuse(module: nn.Module) -> str | None:
+        """Why this particular float layer cannot be quantized, or None."""
+        return None
+
+    @staticmethod
+    def channel_axis(module: nn.Module) -> int | None:
+        """The axis of the input's channels, counted from the end; None if the input tells nothing of the weights."""
+        return None
+
+    @staticmethod
+    def importance(module: nn.Module, second_moment: Tensor) -> Tensor:
+        """E[x^2] of what each weight multiplies, broadcastable to the weight matrix, from that of each channel."""
+        return second_moment
+
+    @abstractmethod
+    def _adopt(self, module: nn.Module) -> None:
+        """Take over what is not quantized: biases and settings."""
+
+    def qtensor(self, name: str = "weight") -> QTensor:
+        """The quantized weight of this name."""
+        return self._load(name, self.scheme.weight, self._shapes[name])
+
+    def weight_only(self) -> QuantizedLayer:
+        """The same layer, sharing its buffers, with the input left in float."""
+        twin = copy.copy(self)
+        twin.scheme = replace(self.scheme, input=None)
+        return twin
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """``x`` as the layer sees it: rounded to the input's grid, in x's dtype."""
+        spec = self.scheme.input
+        return x if spec is None else fake_quantize(x, spec, self.input_scale, self.input_zero_point)
+
+    def extra_repr(self) -> str:
+        def words(spec: QuantSpec | None) -> str:
+            return "float" if spec is None else f"{spec.format} per {spec.granularity.kind}"
+
+        return f"weight {words(self.scheme.weight)}, input {words(self.scheme.input)}"
+
+    def _store(self, name: str, weight: QTensor) -> None:
+        self.register_buffer(f"{name}_packed", weight.packed)
+        if isinstance(weight.scale, QTensor):
+            self._store(f"{name}_scale", weight.scale)
+        else:
+            self.register_buffer(f"{name}_scale", weight.scale)
+        if weight.zero_point is not None:
+            self.register_buffer(f"{name}_zero_point", weight.zero_point)
+
+    def _load(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
+        scale: Tensor | QTensor
+        if spec.scale is None:
+            scale = self.get_buffer(f"{name}_scale")
+        else:
+            scale = self._load(f"{name}_scale", spec.scale, empty(shape, replace(spec, scale=None)).scale.shape)
+        zero_point = None if spec.symmetric else self.get_buffer(f"{name}_zero_point")
+        return QTensor(self.get_buffer(f"{name}_packed"), scale, zero_point, spec, shape)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
+        # model.half() and .to(torch.bfloat16) are for what is float by nature: scales are part of the codes' meaning.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+
+def input_placeholder(spec: QuantSpec | None) -> tuple[Tensor, Tensor | None] | None:
+    """The buffers of a static input grid without data, on meta; None if there is no static grid."""
+    if spec is None or not spec.is_static:
+        return None
+    zero_point = None if spec.symmetric else torch.empty(1, dtype=spec.number.dtype, device="meta")
+    return torch.empty(1, device="meta"), zero_point

@@ -1,0 +1,165 @@
+"""LSTM and GRU: all layers, both directions, projections, batched or not, packed sequences.
+
+The input products of all time steps are one matrix product; the recurrent ones go step by step. Quantized inputs are
+int8 for each row of x_t and h_t. Gates, cell state and nonlinearities stay float.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from fewbit.nn.layer import QuantizedLayer
+from fewbit.ops import linear
+from fewbit.qtensor import QTensor
+
+States = tuple[Tensor, ...]
+
+
+class Recurrent(QuantizedLayer):
+    """What LSTM and GRU share; the arguments and results of torch's."""
+
+    accepts_static_input = False  # h_t is not seen from outside
+
+    @staticmethod
+    def matrices(module: nn.Module) -> dict[str, Tensor]:
+        return {name: weight for name, weight in module.named_parameters(recurse=False) if name.startswith("weight")}
+
+    def _adopt(self, module: nn.Module) -> None:
+        settings: Any = module
+        self.input_size: int = settings.input_size
+        self.hidden_size: int = settings.hidden_size
+        self.proj_size: int = settings.proj_size
+        self.num_layers: int = settings.num_layers
+        self.bias: bool = settings.bias
+        self.batch_first: bool = settings.batch_first
+        self.bidirectional: bool = settings.bidirectional
+        self.dropout: float = settings.dropout
+        for name, parameter in module.named_parameters(recurse=False):
+            if not name.startswith("weight"):
+                self.register_parameter(name, parameter)
+
+    @property
+    @abstractmethod
+    def _state_sizes(self) -> tuple[int, ...]:
+        """The sizes of the states: the output first."""
+
+    @abstractmethod
+    def _step(self, gates: Tensor, states: States, suffix: str, weights: dict[str, QTensor]) -> States:
+        """The next states ``[rows, size]``, from the input's share of the gates ``[rows, gates]``, bias included."""
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: torch's layers have this method, and models call it."""
+
+    def forward(self, x: Any, hx: Any = None) -> tuple[Any, Any]:
+        if isinstance(x, PackedSequence):
+            data, sizes = x.data, x.batch_sizes.tolist()
+            order, back = x.sorted_indices, x.unsorted_indices
+            y, states = self._layers(data, sizes, self._initial(hx, data, sizes[0], order))
+            result = PackedSequence(y, x.batch_sizes, order, back)
+            return result, self._returned(states if back is None else tuple(s.index_select(1, back) for s in states))
+        if x.dim() not in (2, 3):
+            raise ValueError(f"{type(self).__name__}: found an input of {x.dim()} axes, needs 2 (unbatched) or 3.")
+        batched = x.dim() == 3
+        steps = (x.transpose(0, 1) if self.batch_first else x) if batched else x.unsqueeze(1)
+        length, batch, _ = steps.shape
+        if hx is not None and not batched:
+            hx = tuple(s.unsqueeze(1) for s in hx) if isinstance(hx, tuple) else hx.unsqueeze(1)
+        states = self._initial(hx, x, batch, None)
+        y, states = self._layers(steps.reshape(length * batch, -1), [batch] * length, states)
+        y = y.reshape(length, batch, -1)
+        if not batched:
+            return y.squeeze(1), self._returned(tuple(s.squeeze(1) for s in states))
+        return (y.transpose(0, 1) if self.batch_first else y), self._returned(states)
+
+    def _initial(self, hx: Any, x: Tensor, batch: int, order: Tensor | None) -> States:
+        count = self.num_layers * (2 if self.bidirectional else 1)
+        shapes = [(count, batch, size) for size in self._state_sizes]
+        if hx is None:
+            return tuple(torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in shapes)
+        states = cast(States, hx if isinstance(hx, tuple) else (hx,))
+        found = [tuple(state.shape) for state in states]
+        if found != shapes:
+            raise ValueError(f"{type(self).__name__}: found initial states of shapes {found}, needs {shapes}.")
+        return states if order is None else tuple(state.index_select(1, order) for state in states)
+
+    def _returned(self, states: States) -> Any:
+        return states if len(states) > 1 else states[0]
+
+    def _layers(self, data: Tensor, sizes: list[int], states: States) -> tuple[Tensor, States]:
+        """``data`` ``[sum(sizes), features]``: the rows of step 0, then of step 1, ...; sizes never grow."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        last: list[States] = []
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in directions:
+                initial = tuple(state[len(last)] for state in states)
+                output, final = self._scan(data, sizes, initial, f"_l{layer}{direction}")
+                outputs.append(output)
+                last.append(final)
+            data = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+            if self.dropout and self.training and layer + 1 < self.num_layers:
+                data = torch.nn.functional.dropout(data, self.dropout)
+        return data, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+
+    def _scan(self, data: Tensor, sizes: list[int], states: States, suffix: str) -> tuple[Tensor, States]:
+        """One layer in one direction: outputs ``[sum(sizes), size]`` and the last states of each sequence."""
+        names = [name for name in self._shapes if name.endswith(suffix)]
+        weights = {name.removesuffix(suffix): self.qtensor(name) for name in names}
+        gates = self._product(data, weights["weight_ih"], self._bias(f"bias_ih{suffix}"))
+        outputs: list[Tensor] = []
+        steps = list(zip(gates.split(sizes), sizes, strict=True))
+        for step, rows in reversed(steps) if suffix.endswith("_reverse") else steps:
+            new = self._step(step, tuple(state[:rows] for state in states), suffix, weights)
+            outputs.append(new[0])
+            # Sequences that have ended (or, backwards, not begun) keep their state.
+            if rows < len(states[0]):
+                new = tuple(torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True))
+            states = new
+        return torch.cat(outputs[::-1] if suffix.endswith("_reverse") else outputs), states
+
+    def _bias(self, name: str) -> Tensor | None:
+        return self.get_parameter(name) if self.bias else None
+
+    def _product(self, x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias, self.scheme.input)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_size} -> {self.hidden_size}, layers {self.num_layers}, {super().extra_repr()}"
+
+
+class LSTM(Recurrent):
+    """torch.nn.LSTM."""
+
+    @property
+    def _state_sizes(self) -> tuple[int, ...]:
+        return (self.proj_size or self.hidden_size, self.hidden_size)
+
+    def _step(self, gates: Tensor, states: States, suffix: str, weights: dict[str, QTensor]) -> States:
+        h, c = states
+        gates = gates + self._product(h, weights["weight_hh"], self._bias(f"bias_hh{suffix}"))
+        i, f, g, o = gates.chunk(4, 1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        return (self._product(h, weights["weight_hr"], None) if self.proj_size else h), c
+
+
+class GRU(Recurrent):
+    """torch.nn.GRU."""
+
+    @property
+    def _state_sizes(self) -> tuple[int, ...]:
+        return (self.hidden_size,)
+
+    def _step(self, gates: Tensor, states: States, suffix: str, weights: dict[str, QTensor]) -> States:
+        [h] = states
+        recurrent = self._product(h, weights["weight_hh"], self._bias(f"bias_hh{suffix}"))
+        r, z, n = gates.chunk(3, 1)
+        r_h, z_h, n_h = recurrent.chunk(3, 1)
+        r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
+        n = torch.tanh(n + r * n_h)
+        return (n + z * (h - n),)

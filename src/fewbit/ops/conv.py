@@ -1,0 +1,141 @@
+"""Convolution on quantized weights: exact in its integers if the input is quantized too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.ops.reference import EXACT, integer_input, integer_values, largest_code
+from fewbit.qtensor import QTensor, dequantize, fake_quantize
+from fewbit.spec import QuantSpec, per_channel
+
+_FUNCTIONS: dict[tuple[int, bool], Any] = {
+    (1, False): torch.nn.functional.conv1d,
+    (2, False): torch.nn.functional.conv2d,
+    (3, False): torch.nn.functional.conv3d,
+    (1, True): torch.nn.functional.conv_transpose1d,
+    (2, True): torch.nn.functional.conv_transpose2d,
+    (3, True): torch.nn.functional.conv_transpose3d,
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a convolution: everything but its numbers. Padding is with zeros."""
+
+    weight_shape: tuple[int, ...]  # as in torch: [O, I / groups, ...], transposed [I, O / groups, ...]
+    transposed: bool
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    output_padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def dims(self) -> int:
+        """Number of spatial axes."""
+        return len(self.weight_shape) - 2
+
+    @property
+    def terms(self) -> int:
+        """The most products in one output: input channels of a group times kernel positions."""
+        channels = self.weight_shape[0] // self.groups if self.transposed else self.weight_shape[1]
+        return channels * math.prod(self.weight_shape[2:])
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight as ``[O, terms]``: one row an output channel."""
+        if not self.transposed:
+            return weight.reshape(weight.shape[0], -1)
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:]).transpose(1, 2)
+        return grouped.reshape(-1, self.terms)
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        """The inverse of ``matrix``."""
+        if not self.transposed:
+            return matrix.reshape(self.weight_shape)
+        channels, outputs = self.weight_shape[0] // self.groups, self.weight_shape[1]
+        grouped = matrix.reshape(self.groups, outputs, channels, *self.weight_shape[2:]).transpose(1, 2)
+        return grouped.reshape(self.weight_shape)
+
+    def with_output_size(self, input_size: tuple[int, ...], output_size: Sequence[int]) -> Geometry:
+        """The transposed convolution whose output has the spatial sizes ``output_size``; ValueError if it has none."""
+        padding = [
+            wanted - ((size - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
+            for wanted, size, stride, pad, dilation, kernel in zip(
+                output_size[-self.dims :],
+                input_size[-self.dims :],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.weight_shape[2:],
+                strict=True,
+            )
+            if isinstance(pad, int)
+        ]
+        if any(not 0 <= extra < stride for extra, stride in zip(padding, self.stride, strict=True)):
+            raise ValueError(f"output_size {list(output_size)} cannot come from an input of {list(input_size)}.")
+        return replace(self, output_padding=tuple(padding))
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The convolution of float tensors."""
+        function = _FUNCTIONS[self.dims, self.transposed]
+        if self.transposed:
+            result = function(
+                x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        else:
+            result = function(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        assert isinstance(result, Tensor)
+        return result
+
+
+def conv(
+    x: Tensor,
+    weight: QTensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    spec: QuantSpec | None = None,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+) -> Tensor:
+    """The convolution of ``x`` ``[batch, channels, ...]`` with ``weight``, a matrix of ``geometry``, in x's dtype.
+
+    ``spec`` says how x is quantized (None: it stays float); ``scale`` and ``zero_point`` its static grid, if it has one.
+    """
+    granularity = weight.spec.granularity
+    per_row = granularity.kind in ("tensor", "token") or granularity == per_channel(0)
+    integers = weight.spec.number.is_integer and spec is not None and spec.number.is_integer
+    if integers and per_row and spec is not None and spec.granularity.kind == "tensor":
+        values, scale = integer_input(x, spec, scale, zero_point)
+        weights = geometry.weight(integer_values(weight.codes, weight.zero_point, 0))
+        sums = integer_conv(values, weights, largest_code(spec) * largest_code(weight.spec), geometry)
+        channels = (-1,) + (1,) * geometry.dims
+        y = sums.to(torch.float32) * scale.reshape(()) * weight.scale_values.reshape(channels)
+        return (y if bias is None else y + bias.reshape(channels)).to(x.dtype)
+    if spec is not None:
+        x = fake_quantize(x, spec, scale, zero_point)
+    return geometry(x, geometry.weight(dequantize(weight, x.dtype)), bias)
+
+
+def integer_conv(x: Tensor, weight: Tensor, bound: int, geometry: Geometry) -> Tensor:
+    """The convolution of integers held in float32, int32. ``|x_i * weight_j| <= bound``."""
+    if geometry.terms * bound <= EXACT:
+        return geometry(x, weight).to(torch.int32)
+    axis = -1 - geometry.dims
+    channels = x.shape[axis]
+    piece = EXACT // (bound * math.prod(geometry.weight_shape[2:]))
+    if geometry.groups > 1 or piece == 0:  # no contiguous pieces of channels: float64 is exact up to 2^53
+        return geometry(x.double(), weight.double()).to(torch.int32)
+    total: Tensor | None = None
+    for begin in range(0, channels, piece):
+        part = slice(begin, begin + piece)
+        some = weight[part] if geometry.transposed else weight[:, part]
+        sums = geometry(x.narrow(axis, begin, min(piece, channels - begin)), some).to(torch.int32)
+        total = sums if total is None else total + sums
+    assert total is not None
+    return total

@@ -1,0 +1,293 @@
+"""The verbs: plan, calibrate, quantize."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewbit.batches import Call, calls, run
+from fewbit.errors import CalibrationError, PlanError, UnsupportedError
+from fewbit.graph import Topology, read_topology
+from fewbit.methods import METHODS
+from fewbit.nn import LAYERS, QuantizedLayer, float_class, input_placeholder, qualified_name
+from fewbit.observers import OBSERVERS, Observer, SecondMoment, State
+from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
+from fewbit.progress import progress
+from fewbit.qtensor import QTensor, empty, qparams
+from fewbit.transforms import TRANSFORMS
+
+PLAN = "fewbit_plan"  # the attribute of a quantized model that holds its plan
+Statistics = dict[str, dict[str, State]]  # by site, then "input" and "second_moment"
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    calibration: Any = None,
+    exclude: Iterable[str] = (),
+) -> nn.Module:
+    """A quantized copy of ``model``, in eval mode. ``model`` itself is not changed.
+
+    ``recipe``: a preset's name ("int8-dynamic", "int8-static", "int4-weight-only"), a TOML file or a Recipe.
+    ``calibration``: an iterable of batches (see ``fewbit.batches.calls``); recipes with static ranges need it, others use
+    it if it is given and the method can. ``exclude``: patterns of layers to leave in float (see ``Rule``).
+
+    Raises PlanError (recipe or weights), CalibrationError (data), UnsupportedError (a model that cannot be copied).
+    """
+    recipe = load_recipe(recipe, exclude)
+    if recipe.needs_calibration and calibration is None:
+        raise CalibrationError(f"recipe {recipe.name!r} fixes input ranges: it needs calibration batches.")
+    batches = None if calibration is None else calls(model, calibration)
+    twin = _twin(model)
+    first = next(batches) if batches is not None else None
+    twin, places, unread = _find_transforms(twin, recipe, first)
+    plan = make_plan(twin, recipe)
+    plan = replace(plan, transforms=places, skipped={**plan.skipped, **unread})
+    statistics: Statistics = {}
+    if (
+        batches is not None
+        and first is not None
+        and any(_observers(site, twin.get_submodule(name)) for name, site in plan.sites.items())
+    ):
+        statistics = calibrate(twin, plan, itertools.chain([first], batches))
+        plan = _without_unreached(plan, statistics, twin)
+    twin = _swap(twin, plan, _quantized_weights(twin, plan, statistics), _input_grids(plan, statistics))
+    _unshare(twin, model)
+    setattr(twin, PLAN, plan)
+    return twin
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a quantized model was made by; PlanError for a model that fewbit did not quantize."""
+    plan = getattr(model, PLAN, None)
+    if not isinstance(plan, Plan):
+        raise PlanError(f"this {type(model).__name__} was not quantized by fewbit: it has no plan.")
+    return plan
+
+
+def float_twin(model: nn.Module, plan: Plan) -> nn.Module:
+    """``model`` in eval mode with the plan's transforms applied: same function, and its layers are the plan's sites.
+
+    Shares parameters with ``model``; PlanError if the plan does not fit the model.
+    """
+    twin = _twin(model)
+    for name, places in plan.transforms.items():
+        if name not in TRANSFORMS:
+            raise PlanError(f"plan.transforms: unknown transform {name!r}.")
+        try:
+            twin = TRANSFORMS[name].apply(twin, places)
+        except (AttributeError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise PlanError(f"plan.transforms.{name}: does not fit this {type(model).__name__}: {error}.") from error
+    return twin
+
+
+def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
+    """The quantized model of ``plan`` with the right buffers on meta, to be filled from a file.
+
+    ``model`` is not changed and may be on meta. PlanError, naming the site, if the plan does not fit the model.
+    """
+    twin = float_twin(model, plan)
+    modules = dict(twin.named_modules())
+    for name, site in plan.sites.items():
+        cls = float_class(modules[name]) if name in modules else None
+        if cls is None or cls.__name__ != site.type:
+            found = type(modules[name]).__name__ if name in modules else "no such layer"
+            raise PlanError(f"plan.sites.{name}: needs a {site.type}, found {found} in this {type(model).__name__}.")
+        shapes = {k: tuple(m.shape) for k, m in LAYERS[qualified_name(cls)].matrices(modules[name]).items()}
+        if shapes != dict(site.weights):
+            raise PlanError(f"plan.sites.{name}: needs weights {dict(site.weights)}, found {shapes}.")
+    weights = {
+        name: {key: empty(shape, site.scheme.weight) for key, shape in site.weights.items()}
+        for name, site in plan.sites.items()
+    }
+    grids = {name: input_placeholder(site.scheme.input) for name, site in plan.sites.items()}
+    twin = _swap(twin, plan, weights, grids)
+    setattr(twin, PLAN, plan)
+    return twin
+
+
+def calibrate(model: nn.Module, plan: Plan, batches: Iterable[Call]) -> Statistics:
+    """What the plan's sites need to know of their inputs, from one pass over the batches. Memory does not grow with them.
+
+    ``model`` is the float twin of the plan. CalibrationError if the model fails on a batch or an input is not finite.
+    """
+    statistics: Statistics = {}
+    current = 0
+
+    def watch(name: str, observers: dict[str, Observer]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.numel() and not all(bool(end.isfinite()) for end in x.aminmax()):
+                raise CalibrationError(f"calibration batch {current}: the input of {name!r} has a NaN or an infinity.")
+            states = statistics.setdefault(name, {key: observer.init() for key, observer in observers.items()})
+            for key, observer in observers.items():
+                axis = None if key == "input" else _layer(module).channel_axis(module)
+                if x.numel():
+                    states[key] = observer.update(states[key], x if axis is None else x.movedim(axis, 0))
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(watch(name, observers), with_kwargs=True)
+        for name, site in plan.sites.items()
+        if (observers := _observers(site, model.get_submodule(name)))
+    ]
+    try:
+        for current, call in enumerate(progress(batches, "calibrating")):
+            run(model, call, f"calibration batch {current}")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics
+
+
+def _twin(model: nn.Module) -> nn.Module:
+    """A copy of the model in eval mode that shares its parameters, so that the weights are not in memory twice."""
+    # A table with max_norm is written to in forward.
+    written = {id(p) for m in model.modules() if getattr(m, "max_norm", None) is not None for p in m.parameters()}
+    shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in written}
+    try:
+        twin: nn.Module = copy.deepcopy(model, dict(shared))
+    # deepcopy raises whatever the attributes of the user's modules raise.
+    except Exception as error:
+        raise UnsupportedError(f"{type(model).__name__} cannot be copied (copy.deepcopy): {error}.") from error
+    return twin.eval()
+
+
+def _unshare(twin: nn.Module, model: nn.Module) -> None:
+    """Give the twin its own copy of each parameter that it still shares with the model. What is tied stays tied."""
+    shared = {id(parameter) for parameter in model.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in shared:
+                if id(parameter) not in copies:
+                    clone = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+                    copies[id(parameter)] = clone
+                module._parameters[name] = copies[id(parameter)]
+
+
+def _find_transforms(
+    twin: nn.Module, recipe: Recipe, first: Call | None
+) -> tuple[nn.Module, dict[str, list[Any]], dict[str, str]]:
+    """The transformed twin, where each transform applied, and the transforms that could not be looked for."""
+    places: dict[str, list[Any]] = {}
+    unread: dict[str, str] = {}
+    for name in recipe.transforms:
+        transform = TRANSFORMS[name]
+        topology: Topology | str | None = None
+        if transform.needs_graph:
+            topology = (
+                "it needs a calibration batch" if first is None else read_topology(twin, first.args, first.kwargs)
+            )
+        if isinstance(topology, str):
+            unread[f"transform {name}"] = topology
+            continue
+        found = transform.find(twin, topology)
+        if found:
+            twin = transform.apply(twin, found)
+            places[name] = found
+    return twin, places, unread
+
+
+def _observers(site: Site, module: nn.Module) -> dict[str, Observer]:
+    observers: dict[str, Observer] = {}
+    if site.scheme.input is not None and site.scheme.input.observer is not None:
+        observers["input"] = OBSERVERS[site.scheme.input.observer]
+    if METHODS[site.scheme.method].uses_importance and _layer(module).channel_axis(module) is not None:
+        observers["second_moment"] = SecondMoment()
+    return observers
+
+
+def _without_unreached(plan: Plan, statistics: Statistics, twin: nn.Module) -> Plan:
+    unreached = {
+        name: "no calibration batch reached it"
+        for name, site in plan.sites.items()
+        if site.scheme.input is not None and site.scheme.input.is_static and name not in statistics
+    }
+    if not unreached:
+        return plan
+    recipe = plan.recipe
+    for name in unreached:
+        recipe = recipe.override(name, None)
+    again = make_plan(twin, recipe)
+    return replace(
+        again, recipe=plan.recipe, transforms=plan.transforms, skipped={**again.skipped, **plan.skipped, **unreached}
+    )
+
+
+def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> dict[str, dict[str, QTensor]]:
+    result: dict[str, dict[str, QTensor]] = {}
+    # A tied weight is quantized once, with what its first layer saw.
+    done: dict[int, QTensor] = {}
+    for name, site in progress(plan.sites.items(), "quantizing"):
+        module = twin.get_submodule(name)
+        layer = _layer(module)
+        method = METHODS[site.scheme.method]
+        state = statistics.get(name, {}).get("second_moment")
+        importance = None
+        if state is not None and int(state["count"]):
+            importance = layer.importance(module, SecondMoment().mean(state))
+        result[name] = {}
+        for key, matrix in layer.matrices(module).items():
+            identity = id(module._parameters.get(key, matrix))
+            if identity not in done:
+                try:
+                    done[identity] = method.quantize(matrix.detach(), site.scheme.weight, importance)
+                except ValueError as error:
+                    raise PlanError(f"{name or type(twin).__name__}.{key}: cannot be quantized: {error}") from None
+            result[name][key] = done[identity]
+    return result
+
+
+def _input_grids(plan: Plan, statistics: Statistics) -> dict[str, tuple[Tensor, Tensor | None] | None]:
+    grids: dict[str, tuple[Tensor, Tensor | None] | None] = {}
+    for name, site in plan.sites.items():
+        spec = site.scheme.input
+        grids[name] = None
+        if spec is not None and spec.observer is not None:
+            low, high = OBSERVERS[spec.observer].choose_range(statistics[name]["input"], spec)
+            try:
+                scale, zero_point = qparams(low.reshape(1), high.reshape(1), spec)
+            except ValueError as error:
+                raise CalibrationError(f"the input of {name!r}: {error}") from None
+            assert isinstance(scale, Tensor)
+            grids[name] = (scale, zero_point)
+    return grids
+
+
+def _swap(
+    twin: nn.Module,
+    plan: Plan,
+    weights: dict[str, dict[str, QTensor]],
+    grids: dict[str, tuple[Tensor, Tensor | None] | None],
+) -> nn.Module:
+    """Replace the sites by quantized layers, in place; returns the model (the layer, if the model is one layer)."""
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, site in plan.sites.items():
+        module = twin.get_submodule(name)
+        replacements[module] = _layer(module)(module, site.scheme, weights[name], grids[name])
+    if twin in replacements:
+        return replacements[twin]
+    for parent in list(twin.modules()):
+        for child, layer in parent._modules.items():
+            if layer is not None and layer in replacements:
+                parent._modules[child] = replacements[layer]
+    return twin
+
+
+def _layer(module: nn.Module) -> type[QuantizedLayer]:
+    cls = float_class(module)
+    assert cls is not None
+    return LAYERS[qualified_name(cls)]
+
+
+def sites_of(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """The quantized layers of a model and their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, QuantizedLayer))

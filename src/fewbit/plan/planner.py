@@ -1,0 +1,135 @@
+"""From a recipe and a model to a plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from torch import nn
+
+from fewbit.errors import PlanError, unknown
+from fewbit.nn import LAYERS, QuantizedLayer, float_class, qualified_name
+from fewbit.plan.plan import Plan, Site, header_bytes
+from fewbit.plan.recipe import Recipe, Rule
+from fewbit.spec import Scheme
+
+
+def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+    """Decide for every layer of ``model`` (its transforms applied). Needs no data and works on meta.
+
+    PlanError if a rule matches nothing, asks a layer for what it cannot do, or nothing at all can be quantized.
+    """
+    candidates = _candidates(model)
+    kinds = {name: (float_class(module) or type(module)).__name__ for name, module in candidates.items()}
+    _check_rules(recipe, kinds)
+    sites: dict[str, Site] = {}
+    skipped: dict[str, str] = {}
+    for name, module in candidates.items():
+        decision = _decide(name, module, kinds[name], recipe)
+        if isinstance(decision, Site):
+            sites[name] = decision
+        else:
+            skipped[name] = decision
+    ties = _ties(candidates)
+    _skip_half_tied(sites, skipped, ties)
+    if not sites:
+        reasons = "; ".join(dict.fromkeys(skipped.values())) or "it has no layer with a weight matrix"
+        raise PlanError(f"recipe {recipe.name!r} quantizes nothing in this {type(model).__name__}: {reasons}.")
+    quantized = {id(matrix) for name in sites for matrix in candidates[name].parameters() if matrix.ndim > 1}
+    rest = {name: p for name, p in model.named_parameters() if id(p) not in quantized}
+    kept = {**rest, **dict(model.named_buffers())}
+    return Plan(
+        recipe=recipe,
+        sites=sites,
+        skipped=skipped,
+        ties=tuple(tie for tie in ties if tie[0].rpartition(".")[0] in sites),
+        float_weights=sum(p.numel() for p in rest.values()),
+        float_bytes=sum(tensor.nbytes + header_bytes(name) for name, tensor in kept.items()),
+    )
+
+
+def _decide(name: str, module: nn.Module, kind: str, recipe: Recipe) -> Site | str:
+    """The site, or why there is none."""
+    cls = float_class(module)
+    if cls is None:
+        return f"unsupported type {kind}"
+    layer = LAYERS[qualified_name(cls)]
+    if type(module).forward is not cls.forward:
+        return f"unsupported type {type(module).__name__}: it overrides {kind}.forward"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has forward hooks, which a quantized layer would lose"
+    refusal = layer.refuse(module)
+    if refusal is not None:
+        return refusal
+    rule = next((rule for rule in recipe.rules if rule.matches(name, kind)), None)
+    if rule is None:
+        return f"recipe {recipe.name!r} has no rule for {kind}"
+    if rule.scheme is None:
+        return f"excluded by {rule.pattern!r}"
+    shapes = {key: tuple(matrix.shape) for key, matrix in layer.matrices(module).items()}
+    types = {matrix.dtype for matrix in layer.matrices(module).values()}
+    if not all(dtype.is_floating_point for dtype in types):
+        return f"its weights are {', '.join(map(str, types))}, not floating point"
+    count = sum(math.prod(shape) for shape in shapes.values())
+    if count < max(1, rule.min_weights):
+        return f"too small to gain: fewer than {max(1, rule.min_weights)} weights"
+    return Site(kind, shapes, _fitted(name, kind, layer, rule))
+
+
+def _fitted(name: str, kind: str, layer: type[QuantizedLayer], rule: Rule) -> Scheme:
+    scheme = rule.scheme
+    assert scheme is not None
+    if scheme.input is None:
+        return scheme
+    if not layer.accepts_input_spec:  # indices have nothing to quantize
+        return replace(scheme, input=None)
+    if scheme.input.is_static and not layer.accepts_static_input:
+        raise PlanError(
+            f"{name}: rule {rule.pattern!r} gives a static input range to {kind}, whose inner states are not seen by "
+            'calibration. Give it input = { format = "int8", granularity = "token" } or none.'
+        )
+    return scheme
+
+
+def _check_rules(recipe: Recipe, kinds: dict[str, str]) -> None:
+    for rule in recipe.rules:
+        if not rule.optional and not any(rule.matches(name, kind) for name, kind in kinds.items()):
+            allowed = {*kinds, *(f"type:{kind}" for kind in kinds.values())}
+            raise PlanError(f"a rule matches nothing: {unknown('pattern', rule.pattern, allowed)}")
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module that owns a weight matrix, but for those inside a known layer (parametrizations)."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        known = float_class(module) is not None
+        own = (p for p in module.parameters(recurse=False) if p.ndim > 1 and p.is_floating_point())
+        if known:
+            inside.update(child for child in module.modules() if child is not module)
+        if known or (module not in inside and next(own, None) is not None):
+            found[name] = module
+    return found
+
+
+def _ties(candidates: dict[str, nn.Module]) -> list[tuple[str, ...]]:
+    owners: dict[int, list[str]] = {}
+    for name, module in candidates.items():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim > 1:
+                owners.setdefault(id(parameter), []).append(f"{name}.{key}" if name else key)
+    return [tuple(names) for names in owners.values() if len(names) > 1]
+
+
+def _skip_half_tied(sites: dict[str, Site], skipped: dict[str, str], ties: list[tuple[str, ...]]) -> None:
+    """A tensor that two layers share is quantized for both alike, or for neither."""
+    for tie in ties:
+        members = [name.rpartition(".")[0] for name in tie]
+        specs = {sites[name].scheme.weight for name in members if name in sites}
+        shapes = {tuple(sites[name].weights.values()) for name in members if name in sites}
+        if all(name in sites for name in members) and len(specs) == 1 and len(shapes) == 1:
+            continue
+        for name in members:
+            if sites.pop(name, None) is not None:
+                others = ", ".join(other for other in members if other != name)
+                skipped[name] = f"tied to {others}, which is not quantized in the same way"

@@ -1,0 +1,149 @@
+"""A recipe: which layers are to be quantized how, independent of any model."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fewbit.errors import PlanError, unknown
+from fewbit.methods import METHODS
+from fewbit.observers import OBSERVERS
+from fewbit.spec import Scheme, check_types, checked_keys
+from fewbit.transforms import TRANSFORMS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The layers that ``pattern`` matches get ``scheme``; None leaves them in float.
+
+    A pattern is ``type:NAME`` for layer classes (``type:Linear``, ``type:LSTM|GRU``), ``re:REGEX`` for a whole module
+    name, or a glob on module names (``encoder.layer.*.output.dense``). A layer with fewer weights than ``min_weights``
+    stays float: it is too small to gain. A rule that matches nothing is an error unless it is ``optional``.
+    """
+
+    pattern: str
+    scheme: Scheme | None
+    min_weights: int = 0
+    optional: bool = False
+
+    def matches(self, name: str, kind: str) -> bool:
+        if self.pattern.startswith("type:"):
+            return kind in self.pattern[5:].split("|")
+        if self.pattern.startswith("re:"):
+            return re.fullmatch(self.pattern[3:], name) is not None
+        return fnmatch.fnmatchcase(name, self.pattern)
+
+    def to_json(self) -> dict[str, Any]:
+        scheme = None if self.scheme is None else self.scheme.to_json()
+        rest = {"min_weights": self.min_weights, "optional": self.optional}
+        return {"pattern": self.pattern, "scheme": scheme, **rest}
+
+    @staticmethod
+    def from_json(data: Any, where: str) -> Rule:
+        values = dict(checked_keys(data, Rule, where, required=("pattern",)))
+        check_types(values, {"pattern": str, "min_weights": int, "optional": bool}, where)
+        scheme = values.get("scheme")
+        values["scheme"] = None if scheme is None else Scheme.from_json(scheme, f"{where}.scheme")
+        return Rule(**values)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Ordered rules, of which the first match wins, and the transforms to run on the float model before."""
+
+    name: str
+    rules: tuple[Rule, ...]
+    transforms: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for transform in self.transforms:
+            if transform not in TRANSFORMS:
+                raise PlanError(f"recipe {self.name!r}: {unknown('transform', transform, TRANSFORMS)}")
+        for number, rule in enumerate(self.rules):
+            where = f"recipe {self.name!r}: rules[{number}]"
+            if rule.pattern.startswith("re:"):
+                try:
+                    re.compile(rule.pattern[3:])
+                except re.error as error:
+                    raise PlanError(f"{where}: {rule.pattern!r} is not a regular expression: {error}.") from None
+            if rule.scheme is not None:
+                check_names(rule.scheme, where)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some rule fixes input ranges by calibration."""
+        schemes = [rule.scheme for rule in self.rules if rule.scheme is not None]
+        return any(scheme.input is not None and scheme.input.is_static for scheme in schemes)
+
+    def override(self, pattern: str, scheme: Scheme | None) -> Recipe:
+        """The recipe with one more rule before all others. ``scheme`` None leaves the matching layers in float."""
+        return replace(self, rules=(Rule(pattern, scheme), *self.rules))
+
+    def to_json(self) -> dict[str, Any]:
+        rules = [rule.to_json() for rule in self.rules]
+        return {"name": self.name, "rules": rules, "transforms": list(self.transforms)}
+
+    @staticmethod
+    def from_json(data: Any, where: str) -> Recipe:
+        checked_keys(data, Recipe, where, required=("name", "rules"))
+        check_types(data, {"name": str, "rules": list, "transforms": list}, where)
+        rules = (Rule.from_json(rule, f"{where}.rules[{number}]") for number, rule in enumerate(data["rules"]))
+        return Recipe(data["name"], tuple(rules), tuple(data.get("transforms", ())))
+
+
+def check_names(scheme: Scheme, where: str) -> None:
+    """PlanError if the scheme names a method or an observer that does not exist."""
+    if scheme.method not in METHODS:
+        raise PlanError(f"{where}: {unknown('method', scheme.method, METHODS)}")
+    if scheme.input is not None and scheme.input.observer is not None and scheme.input.observer not in OBSERVERS:
+        raise PlanError(f"{where}: {unknown('observer', scheme.input.observer, OBSERVERS)}")
+
+
+def presets() -> list[str]:
+    """The names of the recipes that come with fewbit."""
+    return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+
+
+def load_recipe(recipe: str | Path | Recipe, exclude: Iterable[str] = ()) -> Recipe:
+    """A recipe from a preset's name or a TOML file, with the patterns in ``exclude`` left in float.
+
+    PlanError if there is no such preset or file, or the file is not a recipe.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = _read(recipe)
+    for pattern in exclude:
+        recipe = recipe.override(pattern, None)
+    return recipe
+
+
+def _read(source: str | Path) -> Recipe:
+    name = str(source)
+    if name in presets():
+        text = (_folder() / f"{name}.toml").read_text()
+    elif name.endswith(".toml"):
+        try:
+            text = Path(source).read_text()
+        except OSError as error:
+            raise PlanError(f"recipe {name}: cannot be read: {error.strerror}.") from None
+    else:
+        raise PlanError(f"{unknown('recipe', name, presets())} Or give the path of a .toml file.")
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"recipe {name}: not valid TOML: {error}.") from None
+    return Recipe.from_json(data, name)
+
+
+def _folder() -> Any:
+    return resources.files("fewbit.plan") / "presets"

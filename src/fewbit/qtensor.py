@@ -1,0 +1,269 @@
+"""The quantization arithmetic: the only place where scales meet codes.
+
+    codes = clamp(round(x / scale) + zero_point)        x ~ (codes - zero_point) * scale
+
+Rounding is half to even. Zero is always exactly representable: every range is widened to contain it. A block whose
+elements are all zero, and an empty one, has scale 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fewbit.errors import PlanError
+from fewbit.formats import Format
+from fewbit.spec import Granularity, QuantSpec
+
+
+@dataclass(frozen=True)
+class QTensor:
+    """A quantized tensor.
+
+    ``packed``: codes, one an element of ``spec.number.dtype`` for 8 bits; for 4 bits int32 words of eight codes along the
+    last axis (see ``pack``). ``scale``: one a block, of the shape that ``scale_shape`` gives; a QTensor if ``spec.scale``
+    is set. ``zero_point``: the code of 0.0, same shape as the scale; None if ``spec.symmetric``.
+    """
+
+    packed: Tensor
+    scale: Tensor | QTensor
+    zero_point: Tensor | None
+    spec: QuantSpec
+    shape: tuple[int, ...]
+
+    @property
+    def codes(self) -> Tensor:
+        """The codes, of ``shape`` and ``spec.number.dtype``."""
+        return unpack(self.packed, self.spec.number, self.shape)
+
+    @property
+    def scale_values(self) -> Tensor:
+        """The scales as float32."""
+        return dequantize(self.scale) if isinstance(self.scale, QTensor) else self.scale.to(torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and zero points, in memory and on disk."""
+        scale = self.scale.nbytes
+        return self.packed.nbytes + scale + (0 if self.zero_point is None else self.zero_point.nbytes)
+
+
+def quantize(x: Tensor, spec: QuantSpec) -> QTensor:
+    """Round ``x`` to the grid that its own range gives.
+
+    Raises ValueError if ``x`` has a NaN or an infinity, or a range too large for the scale's dtype.
+    """
+    return quantize_with(x, spec, *qparams(*value_range(x, spec), spec))
+
+
+def quantize_with(x: Tensor, spec: QuantSpec, scale: Tensor | QTensor, zero_point: Tensor | None) -> QTensor:
+    """Round ``x`` to the grid of these scales and zero points (as ``qparams`` returns them)."""
+    values = dequantize(scale) if isinstance(scale, QTensor) else scale
+    codes = encode(x, spec, values, zero_point)
+    return QTensor(pack(codes, spec.number), scale, zero_point, spec, tuple(x.shape))
+
+
+def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that the codes stand for, of ``q.shape``."""
+    return decode(q.codes, q.spec, q.scale_values, q.zero_point).to(dtype)
+
+
+def fake_quantize(x: Tensor, spec: QuantSpec, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
+    """``x`` rounded to its grid, in x's dtype. Without a scale the grid is that of x's own range (dynamic)."""
+    if scale is None:
+        scale, zero_point = dynamic_qparams(x, spec)
+    return decode(encode(x, spec, scale, zero_point), spec, scale, zero_point).to(x.dtype)
+
+
+def dynamic_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
+    """Scale values and zero point of x's own range, without looking at the data (a NaN in a block makes its scale NaN)."""
+    scale, zero_point = qparams(*value_range(x, spec, check=False), spec, check=False)
+    return dequantize(scale) if isinstance(scale, QTensor) else scale, zero_point
+
+
+def encode(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Codes of ``x``, of the same shape. A NaN gets the code of 0; a block of scale 0 too."""
+    return _unblocked(spec.number.encode(_clamped(x, spec, scale, zero_point)), x.shape, spec.granularity)
+
+
+def integers(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """``encode(x) - zero_point`` for an integer format, held in float32."""
+    values = _clamped(x, spec, scale, zero_point).to(torch.float32)
+    if zero_point is None:
+        values = torch.round(values)
+    else:
+        values -= _aligned(zero_point, spec.granularity)
+    return _unblocked(values, x.shape, spec.granularity)
+
+
+def _clamped(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The values to encode, blocked: ``clamp(round(x / scale) + zero_point)``, not yet rounded without a zero point."""
+    low, high = spec.number.bound(spec.symmetric)
+    view = _blocks(_working(x.detach()), spec.granularity)
+    step = _aligned(scale, spec.granularity).to(view.dtype)
+    # From here on in place: the quotient is ours.
+    values = (view / torch.where(step > 0, step, torch.inf)).nan_to_num_(0.0, torch.inf, -torch.inf)
+    if zero_point is not None:
+        values = values.round_().add_(_aligned(zero_point, spec.granularity))
+    return values.clamp_(low, high)
+
+
+def decode(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """float32 values of ``codes``, of the same shape."""
+    values = spec.number.decode(_blocks(codes, spec.granularity))
+    if zero_point is not None:
+        values = values - _aligned(zero_point, spec.granularity).to(values.dtype)
+    values = values * _aligned(scale, spec.granularity).to(torch.float32)
+    return _unblocked(values, codes.shape, spec.granularity)
+
+
+def value_range(x: Tensor, spec: QuantSpec, check: bool = True) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of each block, in the shape of the scale. ``check``: ValueError on NaN or infinity."""
+    shape = scale_shape(x.shape, spec.granularity)
+    if x.numel() == 0:
+        zeros = torch.zeros(shape, dtype=torch.float32, device=x.device)
+        return zeros, zeros
+    view = _blocks(_working(x), spec.granularity)
+    axes = _reduced_axes(view.ndim, spec.granularity)
+    low, high = view.amin(axes, keepdim=True).reshape(shape), view.amax(axes, keepdim=True).reshape(shape)
+    if check and not bool((low.isfinite() & high.isfinite()).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"found {bad} NaN or infinite of {x.numel()} values; all must be finite.")
+    return low, high
+
+
+def reduce_blocks(x: Tensor, granularity: Granularity) -> Tensor:
+    """The sum over each block of ``x``, in the shape of the scale."""
+    view = _blocks(x, granularity)
+    return view.sum(_reduced_axes(view.ndim, granularity), keepdim=True).reshape(scale_shape(x.shape, granularity))
+
+
+def qparams(low: Tensor, high: Tensor, spec: QuantSpec, check: bool = True) -> tuple[Tensor | QTensor, Tensor | None]:
+    """Scale and zero point that cover [low, high] and 0.
+
+    The scale is at least the smallest normal number of its dtype. ``check``: ValueError if the range is too large for it.
+    """
+    # float64: high - low and the division must not overflow or round twice.
+    low, high = low.to(torch.float64).clamp(max=0), high.to(torch.float64).clamp(min=0)
+    code_low, code_high = spec.number.bound(spec.symmetric)
+    if spec.symmetric:
+        exact = torch.maximum(-low, high) / min(-code_low, code_high)
+    else:
+        exact = (high - low) / (code_high - code_low)
+    dtype = cast(torch.dtype, getattr(torch, spec.scale_dtype))
+    limits = torch.finfo(dtype)
+    exact = torch.where(exact == 0, torch.ones_like(exact), exact.clamp(min=limits.tiny))
+    scale: Tensor | QTensor
+    if spec.scale is None:
+        if check and bool((exact > limits.max).any()):
+            raise ValueError(f"the range needs a scale of {float(exact.max()):g}, beyond {spec.scale_dtype}.")
+        scale = exact.to(dtype)
+        values = scale
+    else:
+        scale = quantize(exact.to(torch.float32), spec.scale)
+        values = dequantize(scale)
+    if spec.symmetric:
+        return scale, None
+    # A quantized scale may be smaller than the exact one, or 0.
+    step = torch.where(values > 0, values, torch.ones_like(values)).to(torch.float64)
+    zero_point = torch.round(code_low - low / step).clamp(code_low, code_high).to(spec.number.dtype)
+    return scale, zero_point
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
+    """The shape of the scale for a tensor of this shape. Reduced axes have length 1; a group axis has one entry a group."""
+    if granularity.kind == "tensor":
+        return (1,) * len(shape)
+    if granularity.kind == "token":
+        return (*shape[:-1], 1)
+    if granularity.kind == "group":
+        return (*shape[:-1], -(-shape[-1] // granularity.group_size))
+    if not -len(shape) <= granularity.axis < len(shape):
+        raise PlanError(f"channel axis {granularity.axis} is outside a tensor of {len(shape)} axes.")
+    return tuple(size if axis == granularity.axis % len(shape) else 1 for axis, size in enumerate(shape))
+
+
+def empty(shape: tuple[int, ...], spec: QuantSpec, device: str | torch.device = "meta") -> QTensor:
+    """A QTensor with the right buffers and no meaning yet, to be filled from a file."""
+    packed = torch.empty(packed_shape(shape, spec.number), dtype=packed_dtype(spec.number), device=device)
+    blocks = scale_shape(shape, spec.granularity)
+    scale: Tensor | QTensor
+    if spec.scale is None:
+        scale = torch.empty(blocks, dtype=getattr(torch, spec.scale_dtype), device=device)
+    else:
+        scale = empty(blocks, spec.scale, device)
+    zero_point = None if spec.symmetric else torch.empty(blocks, dtype=spec.number.dtype, device=device)
+    return QTensor(packed, scale, zero_point, spec, shape)
+
+
+def packed_shape(shape: tuple[int, ...], number: Format) -> tuple[int, ...]:
+    """The shape of the packed codes of a tensor of this shape."""
+    return shape if number.bits == 8 else (*shape[:-1], -(-shape[-1] * number.bits // 32))
+
+
+def packed_dtype(number: Format) -> torch.dtype:
+    """The dtype of packed codes."""
+    return number.dtype if number.bits == 8 else torch.int32
+
+
+def pack(codes: Tensor, number: Format) -> Tensor:
+    """Codes to storage. 4-bit codes go eight to an int32 along the last axis, the first in the lowest bits, as code - code_min.
+
+    Layout of compressed-tensors' pack-quantized format. The last word is filled up with zero bits.
+    """
+    if number.bits == 8:
+        return codes
+    per_word = 32 // number.bits
+    unsigned = codes.to(torch.int64) - number.code_min
+    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % per_word))
+    fields = unsigned.reshape(*codes.shape[:-1], -1, per_word)
+    words = (fields << _shifts(number, codes.device)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack(packed: Tensor, number: Format, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of ``pack``: codes of ``shape``."""
+    if number.bits == 8:
+        return packed
+    fields = (packed.unsqueeze(-1) >> _shifts(number, packed.device).to(torch.int32)) & (2**number.bits - 1)
+    return (fields.reshape(*shape[:-1], -1)[..., : shape[-1]] + number.code_min).to(number.dtype)
+
+
+def _shifts(number: Format, device: torch.device) -> Tensor:
+    return torch.arange(0, 32, number.bits, device=device)
+
+
+def _working(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+
+
+def _blocks(x: Tensor, granularity: Granularity) -> Tensor:
+    """``x`` with a group's elements on an axis of their own; a short last group is filled up with zeros."""
+    if granularity.kind != "group":
+        return x
+    size = granularity.group_size
+    missing = -x.shape[-1] % size
+    padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // size, size)
+
+
+def _unblocked(view: Tensor, shape: torch.Size, granularity: Granularity) -> Tensor:
+    if granularity.kind != "group":
+        return view
+    length = view.shape[-2] * view.shape[-1]
+    return view.reshape(*shape[:-1], length)[..., : shape[-1]]
+
+
+def _aligned(scale: Tensor, granularity: Granularity) -> Tensor:
+    return scale.unsqueeze(-1) if granularity.kind == "group" else scale
+
+
+def _reduced_axes(ndim: int, granularity: Granularity) -> list[int]:
+    if granularity.kind == "tensor":
+        return list(range(ndim))
+    if granularity.kind == "channel":
+        return [axis for axis in range(ndim) if axis != granularity.axis % ndim]
+    return [ndim - 1]

@@ -1,0 +1,32 @@
+"""Reports for people: one self-contained HTML file from the JSON of an answer or a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from fewbit.errors import FewbitError
+
+
+def write_report(data: Mapping[str, Any], path: str | Path) -> Path:
+    """Render ``Answer.to_json()`` or ``Comparison.to_json()`` to ``path``; returns it.
+
+    FewbitError if ``data`` is neither, or the file cannot be written.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fewbit", "report"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    try:
+        text = environment.get_template("report.html").render(**data)
+    except jinja2.UndefinedError as error:
+        raise FewbitError(f"not the report of an answer or a comparison: {error}.") from None
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise FewbitError(f"{path}: cannot be written: {error.strerror}.") from None
+    return path
