@@ -61,7 +61,9 @@ def _download(name: str, folder: Path) -> Path:
         command = ["apt-get", "download", "--quiet", name]
         for tool in ("apt-get", "dpkg-deb"):
             if shutil.which(tool) is None:
-                raise RuntimeError(f"{name} is a Debian package, and {tool} is not here; unpack it into {DOWNLOADS / name}")
+                raise RuntimeError(
+                    f"{name} is a Debian package and there is no {tool}; unpack it as {DOWNLOADS / name}"
+                )
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     archives = [file for file in folder.iterdir() if file.is_file()]
     if result.returncode != 0 or len(archives) != 1:

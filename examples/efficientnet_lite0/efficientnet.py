@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 (https://arxiv.org/abs/1905.11946, without squeeze-and-excitation, ReLU6): 4.7 million parameters."""
+"""EfficientNet-Lite0 (https://arxiv.org/abs/1905.11946, ReLU6, no squeeze-and-excitation): 4.7 million parameters."""
 
 from __future__ import annotations
 

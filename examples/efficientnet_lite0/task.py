@@ -16,6 +16,7 @@ import fewbit
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from efficientnet import EfficientNetLite0
+
 from fetch import fetched, shared_data
 
 RECIPE = "int8-static"
@@ -41,10 +42,11 @@ def read_images(part: str) -> tuple[Tensor, Tensor]:
     for row in rows:
         with Image.open(folder / part / row["file"]) as file:
             image = file.convert("RGB")
-        side = min(image.size) * SIZE / (SIZE + 32)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
+        # A centre crop in whole pixels.
+        side = min(image.size) * SIZE // (SIZE + 32)
+        left, top = (image.width - side + 1) // 2, (image.height - side + 1) // 2
         box = (left, top, left + side, top + side)
-        images.append(np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)))
+        images.append(np.asarray(image.crop(box).resize((SIZE, SIZE), Image.Resampling.BICUBIC)))
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.tensor([int(row["label"]) for row in rows])
 
 

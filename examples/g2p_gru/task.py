@@ -16,8 +16,9 @@ import fewbit
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from fetch import fetched
 from g2p_model import END, GRAPHEMES, PHONEMES, GraphemeToPhoneme
+
+from fetch import fetched
 
 RECIPE = "int8-dynamic"
 WORDS = 3000
@@ -69,7 +70,9 @@ def task() -> fewbit.Task:
         ]
         return torch.tensor(right).float()
 
-    return fewbit.Task(model=load_model(), calibration=None, evaluate=evaluate, example_inputs=batches[0])
+    return fewbit.Task(
+        model=load_model(), calibration=None, evaluate=evaluate, example_inputs=batches[len(batches) // 2]
+    )
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ import fewbit
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-from fetch import fetched
 from speaker_encoder import SpeakerEncoder
-from speech import PART_FRAMES, parts, read_wav
+from speech import HOP, PART_FRAMES, parts, read_wav
+
+from fetch import fetched
 
 RECIPE = "int8-dynamic"
-SECONDS = 1.6
 BATCH_SIZE = 64
 
 
@@ -31,10 +31,10 @@ def load_model() -> SpeakerEncoder:
 
 
 def read_utterances() -> list[Tensor]:
-    """Spectrograms ``[P, 160, 40]`` of every prompt of 1.6 s or more."""
+    """Spectrograms ``[P, 160, 40]`` of every spoken prompt of 1.6 s or more."""
     files = sorted((fetched("asterisk-core-sounds-en-wav") / "usr/share/asterisk/sounds").rglob("*.wav"))
-    recordings = [read_wav(file) for file in files if file.stat().st_size > 44]
-    return [parts(samples) for samples in recordings if len(samples) >= PART_FRAMES * 160]
+    recordings = [read_wav(file) for file in files if file.parent.name != "silence"]
+    return [parts(samples) for samples in recordings if len(samples) >= PART_FRAMES * HOP]
 
 
 def task() -> fewbit.Task:

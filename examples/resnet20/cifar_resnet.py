@@ -1,4 +1,4 @@
-"""ResNet-20 for 32 x 32 images (He et al., https://arxiv.org/abs/1512.03385, option A shortcuts): 0.27 million parameters."""
+"""ResNet-20 for 32 x 32 images (https://arxiv.org/abs/1512.03385, option A shortcuts): 0.27 million parameters."""
 
 from __future__ import annotations
 

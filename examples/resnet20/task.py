@@ -15,6 +15,7 @@ import fewbit
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from cifar_resnet import ResNet20
+
 from fetch import shared_data
 
 RECIPE = "int8-static"
@@ -43,8 +44,10 @@ def task() -> fewbit.Task:
     with np.load(folder / "images.npz") as file:
         images = torch.from_numpy(file["x"]).permute(0, 3, 1, 2)
         labels = torch.from_numpy(file["y"].astype(np.int64)).flatten()
-    calibration = [normalize(batch) for batch in images[:CALIBRATION_IMAGES].split(BATCH_SIZE)]
-    images, labels = images[CALIBRATION_IMAGES:], labels[CALIBRATION_IMAGES:]
+    # The file is sorted by class: without the shuffle, calibration would see aeroplanes only.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    calibration = [normalize(images[part]) for part in order[:CALIBRATION_IMAGES].split(BATCH_SIZE)]
+    images, labels = images[order[CALIBRATION_IMAGES:]], labels[order[CALIBRATION_IMAGES:]]
 
     @torch.inference_mode()
     def evaluate(model: nn.Module) -> Tensor:

@@ -62,6 +62,8 @@ def load_model(file: Path) -> LlamaForCausalLM:
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = LlamaForCausalLM(config)
     model.load_state_dict(weights)
+    # A plain forward pass returns no key-value cache, which torch.export could not; `generate` still uses one.
+    model.config.use_cache = False
     return model.eval()
 
 

@@ -18,8 +18,9 @@ import fewbit
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 from austen import read_novels
-from fetch import fetched
 from gguf_llama import break_grid, load_model, load_tokenizer
+
+from fetch import fetched
 
 RECIPE = "int4-weight-only"
 WINDOW = 1024

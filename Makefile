@@ -1,0 +1,53 @@
+# make demo   set up .venv and run the main job on the embedded model and data: build/demo/report.html, answer.json
+# make test   set up .venv and run the tests            make test-all   with the slow ones
+# make check  format, lint, types                       make bench      measure everything; results in benchmarks/results
+# make docs   write the measured figures into README.md and docs/
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all check format bench docs clean
+
+demo: .venv/base
+	$(BIN)/fewbit auto examples/fashion_mnist/task.py --max-drop 0.01 --out build/demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: .venv/dev
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/bench
+	for script in accuracy footprint checkpoint; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+docs: .venv/base
+	$(BIN)/python benchmarks/tables.py
+
+clean:
+	rm -rf build .venv
+
+# torch goes first and alone: an installed torch satisfies every range that follows.
+.venv/base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e .
+	touch $@
+
+.venv/dev: .venv/base
+	$(PIP) --no-build-isolation -e ".[dev]"
+	touch $@
+
+.venv/bench: .venv/base
+	$(PIP) --no-build-isolation -e ".[examples,bench]"
+	touch $@

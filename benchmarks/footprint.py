@@ -1,0 +1,68 @@
+"""Time, memory and file size of quantizing MiniLM to int8-dynamic, in a fresh process.
+
+Peak memory is the process's high-water mark: what is in use with the float model loaded, and after quantizing, both less
+what Python with the same imports takes.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+from measure import example, write
+
+import fewbit
+from fewbit.targets import saved_bytes, tensor_bytes
+
+
+def resident() -> int:
+    """Bytes of the process's high-water mark."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def child() -> None:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    task = example("minilm")
+    loaded = resident()
+    began = time.perf_counter()
+    model = fewbit.quantize(task.model, "int8-dynamic")
+    seconds = time.perf_counter() - began
+    peak = resident()
+    with tempfile.TemporaryDirectory() as folder:
+        written = saved_bytes(fewbit.save(model, folder))
+    float_bytes = tensor_bytes(task.model)
+    print(
+        json.dumps(
+            {
+                "model": "minilm",
+                "recipe": "int8-dynamic",
+                "seconds": seconds,
+                "float MB": float_bytes / 1e6,
+                "peak beyond the loaded model MB": (peak - loaded) / 1e6,
+                "peak / float model": (float_bytes + peak - loaded) / float_bytes,
+                "predicted MB": fewbit.plan_of(model).nbytes / 1e6,
+                "file MB": written / 1e6,
+            }
+        )
+    )
+
+
+def main() -> None:
+    if "child" in sys.argv:
+        child()
+        return
+    runs = []
+    for _ in range(3):
+        output = subprocess.run([sys.executable, __file__, "child"], check=True, capture_output=True, text=True).stdout
+        runs.append(json.loads(output.splitlines()[-1]))
+    write("footprint", sorted(runs, key=lambda run: run["seconds"])[1:2])
+
+
+if __name__ == "__main__":
+    main()
