@@ -13,10 +13,10 @@ demo: .venv/base
 	$(BIN)/fewbit auto examples/fashion_mnist/task.py --max-drop 0.01 --out build/demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: .venv/dev
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 check: .venv/dev
 	$(BIN)/ruff format --check .

@@ -13,12 +13,14 @@ from rich.table import Table
 
 import fewbit
 from fewbit.errors import EvaluationError, FewbitError
-from fewbit.report import write_report
+from fewbit.report import write_report, write_text
 from fewbit.search.answer import FLOAT
 from fewbit.targets import saved_bytes
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=fewbit.__doc__)
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 140  # a file has no width that tables must fit
 
 Source = Annotated[Path, typer.Argument(metavar="TASK", help="a task.py, or a Hugging Face folder")]
 Exclude = Annotated[list[str] | None, typer.Option(help="pattern of layers to leave in float; may be repeated")]
@@ -78,7 +80,7 @@ def auto(
         time_limit=time_limit,
     )
     answer.save(out)
-    (out / "answer.json").write_text(json.dumps(answer.to_json(), indent=1), encoding="utf-8")
+    write_text(out / "answer.json", json.dumps(answer.to_json(), indent=1))
     report = answer.report(out / "report.html")
     console.print(_trials_table(answer))
     console.print(answer.explain())
@@ -104,7 +106,7 @@ def compare(
     console.print(str(comparison))
     if out is not None:
         data = {**comparison.to_json(), "text": str(comparison)}
-        out.write_text(json.dumps(data, indent=1), encoding="utf-8")
+        write_text(out, json.dumps(data, indent=1))
 
 
 @app.command()

@@ -5,7 +5,7 @@ FewbitError
 +-- CalibrationError   calibration data that is missing, malformed or not finite
 +-- UnsupportedError   something that fewbit does not do, or an extra that is not installed
 +-- CheckpointError    a saved model that is damaged, foreign or does not fit
-+-- EvaluationError    an evaluate function that does not return usable scores
++-- EvaluationError    an evaluate function that does not return usable scores, or a budget that is none
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class CheckpointError(FewbitError):
 
 
 class EvaluationError(FewbitError):
-    """An evaluate function did not return usable scores."""
+    """An evaluate function did not return usable scores, or a budget is none."""
 
 
 def unknown(what: str, name: object, allowed: Iterable[str]) -> str:

@@ -225,7 +225,7 @@ def _without_unreached(plan: Plan, statistics: Statistics, twin: nn.Module) -> P
 def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> dict[str, dict[str, QTensor]]:
     result: dict[str, dict[str, QTensor]] = {}
     # A tied weight is quantized once, with what its first layer saw.
-    done: dict[int, QTensor] = {}
+    done: dict[nn.Parameter, QTensor] = {}
     for name, site in progress(plan.sites.items(), "quantizing"):
         module = twin.get_submodule(name)
         layer = _layer(module)
@@ -236,13 +236,17 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> d
             importance = layer.importance(module, SecondMoment().mean(state))
         result[name] = {}
         for key, matrix in layer.matrices(module).items():
-            identity = id(module._parameters.get(key, matrix))
-            if identity not in done:
-                try:
-                    done[identity] = method.quantize(matrix.detach(), site.scheme.weight, importance)
-                except ValueError as error:
-                    raise PlanError(f"{name or type(twin).__name__}.{key}: cannot be quantized: {error}") from None
-            result[name][key] = done[identity]
+            parameter = module._parameters.get(key)  # None for a parametrized weight, which is computed
+            if parameter is not None and parameter in done:
+                result[name][key] = done[parameter]
+                continue
+            try:
+                weight = method.quantize(matrix.detach(), site.scheme.weight, importance)
+            except ValueError as error:
+                raise PlanError(f"{name or type(twin).__name__}.{key}: cannot be quantized: {error}") from None
+            result[name][key] = weight
+            if parameter is not None:
+                done[parameter] = weight
     return result
 
 

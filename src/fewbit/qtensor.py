@@ -18,6 +18,8 @@ from fewbit.errors import PlanError
 from fewbit.formats import Format
 from fewbit.spec import Granularity, QuantSpec
 
+LARGEST = 0.99 * torch.finfo(torch.float32).max  # what a code times a rounded scale can reach without overflow
+
 
 @dataclass(frozen=True)
 class QTensor:
@@ -51,12 +53,12 @@ class QTensor:
         return self.packed.nbytes + scale + (0 if self.zero_point is None else self.zero_point.nbytes)
 
 
-def quantize(x: Tensor, spec: QuantSpec) -> QTensor:
+def quantize(x: Tensor, spec: QuantSpec, check: bool = True) -> QTensor:
     """Round ``x`` to the grid that its own range gives.
 
-    Raises ValueError if ``x`` has a NaN or an infinity, or a range too large for the scale's dtype.
+    ``check``: ValueError if ``x`` has a NaN, an infinity, or a value beyond LARGEST.
     """
-    return quantize_with(x, spec, *qparams(*value_range(x, spec), spec))
+    return quantize_with(x, spec, *qparams(*value_range(x, spec, check), spec, check))
 
 
 def quantize_with(x: Tensor, spec: QuantSpec, scale: Tensor | QTensor, zero_point: Tensor | None) -> QTensor:
@@ -72,10 +74,19 @@ def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def fake_quantize(x: Tensor, spec: QuantSpec, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Tensor:
-    """``x`` rounded to its grid, in x's dtype. Without a scale the grid is that of x's own range (dynamic)."""
+    """``x`` rounded to its grid, in x's dtype. Without a scale the grid is that of x's own range (dynamic).
+
+    Differentiable with respect to x as if it were the identity (straight-through).
+    """
     if scale is None:
-        scale, zero_point = dynamic_qparams(x, spec)
-    return decode(encode(x, spec, scale, zero_point), spec, scale, zero_point).to(x.dtype)
+        scale, zero_point = dynamic_qparams(x.detach(), spec)
+    rounded = decode(encode(x, spec, scale, zero_point), spec, scale, zero_point).to(x.dtype)
+    return straight_through(rounded, x)
+
+
+def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
+    """``value``, to the bit, with the gradient of ``gradient`` where one is wanted."""
+    return value.detach() + (gradient - gradient.detach()) if gradient.requires_grad else value
 
 
 def dynamic_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
@@ -91,12 +102,9 @@ def encode(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None)
 
 def integers(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
     """``encode(x) - zero_point`` for an integer format, held in float32."""
-    values = _clamped(x, spec, scale, zero_point).to(torch.float32)
-    if zero_point is None:
-        values = torch.round(values)
-    else:
-        values -= _aligned(zero_point, spec.granularity)
-    return _unblocked(values, x.shape, spec.granularity)
+    values = _clamped(x, spec, scale, zero_point)
+    values = values.round_() if zero_point is None else values.sub_(_aligned(zero_point, spec.granularity))
+    return _unblocked(values.to(torch.float32), x.shape, spec.granularity)
 
 
 def _clamped(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -128,7 +136,9 @@ def value_range(x: Tensor, spec: QuantSpec, check: bool = True) -> tuple[Tensor,
         return zeros, zeros
     view = _blocks(_working(x), spec.granularity)
     axes = _reduced_axes(view.ndim, spec.granularity)
-    low, high = view.amin(axes, keepdim=True).reshape(shape), view.amax(axes, keepdim=True).reshape(shape)
+    low = high = view
+    if axes:  # torch takes no axes for all axes
+        low, high = view.amin(axes, keepdim=True).reshape(shape), view.amax(axes, keepdim=True).reshape(shape)
     if check and not bool((low.isfinite() & high.isfinite()).all()):
         bad = int((~torch.isfinite(x)).sum())
         raise ValueError(f"found {bad} NaN or infinite of {x.numel()} values; all must be finite.")
@@ -138,16 +148,19 @@ def value_range(x: Tensor, spec: QuantSpec, check: bool = True) -> tuple[Tensor,
 def reduce_blocks(x: Tensor, granularity: Granularity) -> Tensor:
     """The sum over each block of ``x``, in the shape of the scale."""
     view = _blocks(x, granularity)
-    return view.sum(_reduced_axes(view.ndim, granularity), keepdim=True).reshape(scale_shape(x.shape, granularity))
+    axes = _reduced_axes(view.ndim, granularity)
+    return view.sum(axes, keepdim=True).reshape(scale_shape(x.shape, granularity)) if axes else view
 
 
 def qparams(low: Tensor, high: Tensor, spec: QuantSpec, check: bool = True) -> tuple[Tensor | QTensor, Tensor | None]:
     """Scale and zero point that cover [low, high] and 0.
 
-    The scale is at least the smallest normal number of its dtype. ``check``: ValueError if the range is too large for it.
+    The scale is at least the smallest normal number of its dtype. ``check``: ValueError if the range goes beyond LARGEST.
     """
     # float64: high - low and the division must not overflow or round twice.
     low, high = low.to(torch.float64).clamp(max=0), high.to(torch.float64).clamp(min=0)
+    if check and bool((torch.maximum(-low, high) > LARGEST).any()):
+        raise ValueError(f"found a range of {float(low.min()):g} to {float(high.max()):g}; at most {LARGEST:.3g} fits.")
     code_low, code_high = spec.number.bound(spec.symmetric)
     if spec.symmetric:
         exact = torch.maximum(-low, high) / min(-code_low, code_high)
@@ -158,12 +171,10 @@ def qparams(low: Tensor, high: Tensor, spec: QuantSpec, check: bool = True) -> t
     exact = torch.where(exact == 0, torch.ones_like(exact), exact.clamp(min=limits.tiny))
     scale: Tensor | QTensor
     if spec.scale is None:
-        if check and bool((exact > limits.max).any()):
-            raise ValueError(f"the range needs a scale of {float(exact.max()):g}, beyond {spec.scale_dtype}.")
         scale = exact.to(dtype)
         values = scale
     else:
-        scale = quantize(exact.to(torch.float32), spec.scale)
+        scale = quantize(exact.to(torch.float32), spec.scale, check)
         values = dequantize(scale)
     if spec.symmetric:
         return scale, None
@@ -219,7 +230,7 @@ def pack(codes: Tensor, number: Format) -> Tensor:
     per_word = 32 // number.bits
     unsigned = codes.to(torch.int64) - number.code_min
     unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % per_word))
-    fields = unsigned.reshape(*codes.shape[:-1], -1, per_word)
+    fields = unsigned.reshape(*codes.shape[:-1], unsigned.shape[-1] // per_word, per_word)
     words = (fields << _shifts(number, codes.device)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
@@ -229,7 +240,8 @@ def unpack(packed: Tensor, number: Format, shape: tuple[int, ...]) -> Tensor:
     if number.bits == 8:
         return packed
     fields = (packed.unsqueeze(-1) >> _shifts(number, packed.device).to(torch.int32)) & (2**number.bits - 1)
-    return (fields.reshape(*shape[:-1], -1)[..., : shape[-1]] + number.code_min).to(number.dtype)
+    length = packed.shape[-1] * (32 // number.bits)
+    return (fields.reshape(*shape[:-1], length)[..., : shape[-1]] + number.code_min).to(number.dtype)
 
 
 def _shifts(number: Format, device: torch.device) -> Tensor:

@@ -43,8 +43,8 @@ class Granularity:
             return Granularity(data)
         if isinstance(data, dict) and len(data) == 1:
             [(kind, number)] = data.items()
-            if kind in ("group", "channel") and isinstance(number, int):
-                return Granularity(kind, **{"group_size" if kind == "group" else "axis": number})
+            if kind in ("group", "channel") and type(number) is int:
+                return _located(where, Granularity, {"kind": kind, "group_size" if kind == "group" else "axis": number})
         raise PlanError(f"{where}: found {data!r}; allowed: 'tensor', 'token', {{'channel': axis}}, {{'group': size}}.")
 
 
@@ -89,6 +89,8 @@ class QuantSpec:
                 f"observer {self.observer!r} needs granularity 'tensor', found {self.granularity.kind!r}: "
                 "static ranges are kept per tensor."
             )
+        if self.scale is not None and self.scale.is_static:
+            raise PlanError("a scale's range is that of the scales at hand: its spec must have observer = None.")
         if self.scale_dtype not in SCALE_DTYPES:
             raise PlanError(unknown("scale_dtype", self.scale_dtype, SCALE_DTYPES))
 

@@ -47,6 +47,11 @@ def load_task(path: str | Path) -> Task:
         if function is None:
             raise FewbitError(f"{path}: has no function task(); it must define `def task() -> fewbit.Task`.")
         task = function()
+    except FewbitError:
+        raise
+    # The file is the user's: whatever it raises is about it.
+    except Exception as error:
+        raise FewbitError(f"{path}: raised {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
     if not isinstance(task, Task):
@@ -62,11 +67,17 @@ def _hugging_face(folder: Path) -> nn.Module:
         import transformers
     except ImportError:
         raise UnsupportedError(f"{folder}: reading it needs transformers: pip install 'fewbit[hf]'.") from None
-    names = json.loads(config.read_text()).get("architectures") or ["AutoModel"]
+    try:
+        names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+    except (ValueError, AttributeError, OSError) as error:
+        raise FewbitError(f"{config}: not a Hugging Face configuration: {error}.") from None
     cls = getattr(transformers, names[0], None)
     if cls is None:
         raise UnsupportedError(
             f"{config}: architecture {names[0]!r} is not in transformers {transformers.__version__}."
         )
-    model: nn.Module = cls.from_pretrained(folder).eval()
-    return model
+    try:
+        model: nn.Module = cls.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise FewbitError(f"{folder}: transformers cannot load it: {error}") from error
+    return model.eval()

@@ -34,7 +34,7 @@ class Codebook(Format):
     def encode(self, values: Tensor) -> Tensor:
         table = torch.tensor(self.values, device=values.device, dtype=torch.float64)
         middles = ((table[1:] + table[:-1]) / 2).to(values.dtype)
-        return torch.bucketize(values, middles).to(torch.uint8)
+        return torch.bucketize(values.contiguous(), middles).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         table = torch.tensor(self.values, device=codes.device, dtype=torch.float32)

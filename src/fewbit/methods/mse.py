@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from fewbit.methods.method import Method
-from fewbit.qtensor import QTensor, decode, encode, qparams, quantize_with, reduce_blocks, value_range
+from fewbit.qtensor import (
+    QTensor,
+    decode,
+    dequantize,
+    encode,
+    qparams,
+    quantize,
+    quantize_with,
+    reduce_blocks,
+    value_range,
+)
 from fewbit.spec import QuantSpec
 
 PIECE = 2**18  # weights searched at once: they stay in the cache, and memory stays bounded
@@ -29,7 +39,7 @@ class MeanSquaredError(Method):
 
     def quantize(self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QTensor:
         low, high = value_range(weight, spec)
-        importance = torch.ones(1, 1) if importance is None else torch.atleast_2d(importance)
+        importance = weight.new_ones(1, 1) if importance is None else torch.atleast_2d(importance)
         rows = len(weight)
         if len(low) == rows:  # no scale spans two rows: search piece by piece
             rows = max(1, PIECE // max(1, weight.shape[1]))
@@ -44,7 +54,13 @@ class MeanSquaredError(Method):
             for begin in range(0, len(weight), max(1, rows))
         ]
         share = torch.cat(best) if best else torch.ones_like(low)
-        return quantize_with(weight, spec, *qparams(low * share, high * share, spec))
+        found = quantize_with(weight, spec, *qparams(low * share, high * share, spec))
+        if spec.scale is None:
+            return found
+        # Rounding the scales may undo what the search gained.
+        plain = quantize(weight, spec)
+        errors = [((dequantize(q) - weight).square() * importance).sum() for q in (found, plain)]
+        return found if bool(errors[0] <= errors[1]) else plain
 
     def _best_shares(self, weight: Tensor, spec: QuantSpec, low: Tensor, high: Tensor, importance: Tensor) -> Tensor:
         # The search is on exact scales: those of two levels are known only when all blocks are chosen.

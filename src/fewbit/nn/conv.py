@@ -49,13 +49,14 @@ class Conv(QuantizedLayer):
         """The weight dequantized to float32, for code that reads it. Read only: a change to it is lost."""
         return self.geometry.weight(dequantize(self.qtensor()))
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         geometry = self.geometry
         if self.padding_mode != "zeros":
-            x = torch.nn.functional.pad(x, self.padding_amounts, mode=self.padding_mode)
+            input = torch.nn.functional.pad(input, self.padding_amounts, mode=self.padding_mode)
         if output_size is not None:
-            geometry = geometry.with_output_size(tuple(x.shape), output_size)
-        return conv(x, self.qtensor(), self.bias, geometry, self.scheme.input, self.input_scale, self.input_zero_point)
+            geometry = geometry.with_output_size(tuple(input.shape), output_size)
+        grid = (self.scheme.input, self.input_scale, self.input_zero_point)
+        return conv(input, self.qtensor(), self.bias, geometry, *grid)
 
     def extra_repr(self) -> str:
         kind = "transposed, " if self.geometry.transposed else ""

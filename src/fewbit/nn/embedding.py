@@ -50,24 +50,22 @@ class Table(QuantizedLayer):
 class Embedding(Table):
     """Indices ``[...]`` to ``[..., embedding_dim]``."""
 
-    def forward(self, indices: Tensor) -> Tensor:
-        return embedding(indices, self.qtensor()).to(self.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        return embedding(input, self.qtensor()).to(self.dtype)
 
 
 class EmbeddingBag(Table):
     """Sums, means or maxima of embedding rows; the arguments of torch.nn.EmbeddingBag."""
 
-    def forward(
-        self, indices: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         # The rows that are used become the table of a float bag. An extra row stands for padding, which bags leave out.
-        values = embedding(indices.reshape(-1), self.qtensor()).to(self.dtype)
-        places = torch.arange(len(values), device=values.device).reshape(indices.shape)
+        values = embedding(input.reshape(-1), self.qtensor()).to(self.dtype)
+        places = torch.arange(values.shape[0], device=values.device).reshape(input.shape)
         padding = None
         if self.padding_idx is not None:
-            padding = len(values)
+            padding = values.shape[0]
             values = torch.nn.functional.pad(values, (0, 0, 0, 1))
-            places = torch.where(indices == self.padding_idx, padding, places)
+            places = torch.where(input == self.padding_idx, padding, places)
         return torch.nn.functional.embedding_bag(
             places,
             values,

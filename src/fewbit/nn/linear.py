@@ -33,8 +33,8 @@ class Linear(QuantizedLayer):
         """The weight dequantized to float32, for code that reads it. Read only: a change to it is lost."""
         return dequantize(self.qtensor())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.qtensor(), self.bias, self.scheme.input, self.input_scale, self.input_zero_point)
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.qtensor(), self.bias, self.scheme.input, self.input_scale, self.input_zero_point)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}"

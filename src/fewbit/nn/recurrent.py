@@ -55,7 +55,8 @@ class Recurrent(QuantizedLayer):
     def flatten_parameters(self) -> None:
         """Nothing to do: torch's layers have this method, and models call it."""
 
-    def forward(self, x: Any, hx: Any = None) -> tuple[Any, Any]:
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        x = input
         if isinstance(x, PackedSequence):
             data, sizes = x.data, x.batch_sizes.tolist()
             order, back = x.sorted_indices, x.unsorted_indices

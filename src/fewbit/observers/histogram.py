@@ -18,7 +18,13 @@ from fewbit.spec import QuantSpec
 
 BINS = 4096
 SMALLEST_EXPONENT = -100  # bins below 2^-100 tell nothing about a float32 range
-CANDIDATES = 64  # ranges tried by each step of a search
+# The shares of a range that each step of a search tries: fine near 1, and down to where one far outlier leaves the rest.
+SHARES = torch.cat(
+    [
+        torch.linspace(1.0, 0.2, 49, dtype=torch.float64),
+        torch.logspace(math.log10(0.19), -3, 24, dtype=torch.float64),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,9 @@ class Histogram(RangeObserver):
             values = values.float()
         low, high = (end.to(torch.float64) for end in values.aminmax())
         exponent = _exponent(torch.minimum(low, state["low"]), torch.maximum(high, state["high"]))
-        # Scaling by a power of two is exact.
+        # Scaling by a power of two is exact, but for what is small enough to underflow.
+        if int(exponent) > 0:
+            values = values.double()
         scale = 2.0 ** -int(exponent)
         first = torch.floor(low * scale).to(torch.int64)
         bins = (values * scale).floor_().sub_(int(first)).to(torch.int32)
@@ -73,15 +81,19 @@ class Histogram(RangeObserver):
             return self._percentile_range(state)
         counts = state["counts"].to(torch.float64)
         width = 2.0 ** int(state["exponent"])
-        centres = (torch.arange(len(counts), dtype=torch.float64) + int(state["first"]) + 0.5) * width
-        centres = centres.clamp(float(state["low"]), float(state["high"]))
+        bins = torch.arange(len(counts), dtype=torch.float64) + int(state["first"])
+        centres = ((bins + 0.5) * width).clamp(float(state["low"]), float(state["high"]))
+        if self.choice == "entropy":  # 0 is exact on every grid, and often a spike that would outweigh all else
+            counts = torch.where(bins == 0, 0.0, counts)
         low, high = state["low"].clamp(max=0), state["high"].clamp(min=0)
+        if float(high - low) == 0 or float(counts.sum()) == 0:
+            return low, high
         cost = _squared_error if self.choice == "mse" else _divergence
         best = torch.ones(2, dtype=torch.float64)  # the shares of low and high that are kept
-        # Both ends together, then each alone: the tails of an asymmetric distribution differ.
-        for ends in ([0, 1], [0], [1]):
-            shares = best.repeat(CANDIDATES, 1)
-            shares[:, ends] = shares[:, ends] * torch.linspace(1.0, 0.1, CANDIDATES, dtype=torch.float64)[:, None]
+        # Both ends together; where the grid can follow, then each alone, twice: the tails of a distribution differ.
+        for ends in ([0, 1],) if spec.symmetric else ([0, 1], [0], [1], [0], [1]):
+            shares = best.repeat(len(SHARES), 1)
+            shares[:, ends] = SHARES[:, None]
             errors = cost(centres, counts, low * shares[:, 0], high * shares[:, 1], spec)
             best = shares[errors.argmin()]
         return low * best[0], high * best[1]
@@ -100,10 +112,11 @@ class Histogram(RangeObserver):
 
 
 def _exponent(low: Tensor, high: Tensor) -> Tensor:
-    """The smallest e >= SMALLEST_EXPONENT for which [low, high] spans at most BINS bins of width 2^e."""
+    """The smallest e for which [low, high] spans at most BINS bins of width 2^e, whose indices are below 2^52."""
     low_value, high_value = float(low), float(high)
     spread = max(high_value - low_value, 2.0**SMALLEST_EXPONENT)
-    exponent = max(SMALLEST_EXPONENT, math.ceil(math.log2(spread / BINS)) - 1)
+    largest = math.frexp(max(-low_value, high_value))[1]
+    exponent = max(SMALLEST_EXPONENT, largest - 52, math.ceil(math.log2(spread / BINS)) - 1)
     while math.floor(math.ldexp(high_value, -exponent)) - math.floor(math.ldexp(low_value, -exponent)) >= BINS:
         exponent += 1
     return torch.tensor(exponent)
@@ -120,46 +133,49 @@ def _coarsened(state: State, exponent: Tensor) -> tuple[Tensor, Tensor]:
 def _grid(centres: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """For each candidate range, the quantized bin centres ``[candidates, bins]`` and the steps ``[candidates, 1]``.
 
-    The ideal real-valued step and offset stand in for qparams' rounding: the search needs the error's shape, not its bits.
+    The ideal real-valued step stands in for qparams' rounded one: the search needs the error's shape, not its bits.
     """
     code_low, code_high = spec.number.bound(spec.symmetric)
-    if spec.symmetric:
-        step = torch.maximum(-low, high)[:, None] / min(-code_low, code_high)
-        codes = torch.round(centres / step).clamp(code_low, code_high)
-        return codes * step, step
-    step = (high - low)[:, None] / (code_high - code_low)
-    zero_point = torch.round(code_low - low[:, None] / step)
-    codes = (torch.round(centres / step) + zero_point).clamp(code_low, code_high)
-    return (codes - zero_point) * step, step
+    if not spec.symmetric:
+        step = (high - low)[:, None] / (code_high - code_low)
+        zero_point = torch.round(code_low - low[:, None] / step)
+        codes = (torch.round(centres / step) + zero_point).clamp(code_low, code_high)
+        return (codes - zero_point) * step, step
+    step = torch.maximum(-low, high)[:, None] / min(-code_low, code_high)
+    codes = spec.number.encode((centres / step).clamp(code_low, code_high))
+    return spec.number.decode(codes) * step, step
 
 
 def _squared_error(centres: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
     quantized, _ = _grid(centres, low, high, spec)
-    errors: Tensor = ((quantized - centres) ** 2) @ counts
-    return errors.nan_to_num(torch.inf) if float(high.max() - low.min()) > 0 else torch.zeros(len(low))
+    return ((quantized - centres) ** 2) @ counts
 
 
 def _divergence(centres: Tensor, counts: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
-    """KL(observed, clipped | observed, quantized and spread evenly over the occupied bins of each code)."""
-    if float(high.max() - low.min()) == 0:
-        return torch.zeros(len(low))
+    """KL(observed, clipped | observed, quantized and spread evenly over the occupied bins of each value).
+
+    What would look free is left out: a range of fewer bins than codes, where every bin has a code of its own, and one that
+    leaves out more than a tenth of the values, where the ends are all that is left to compare.
+    """
     quantized, step = _grid(centres, low, high, spec)
     results = []
     for row, width in zip(quantized, step, strict=True):
-        levels = torch.round(row / width).to(torch.int64)
-        levels = levels - levels.min()
-        inside = (centres >= row.min() - width / 2) & (centres <= row.max() + width / 2)
+        covered = (centres >= row.min() - width / 2) & (centres <= row.max() + width / 2)
+        inside = covered & (counts > 0)
+        if int(covered.sum()) < 2**spec.number.bits or float(counts[covered].sum()) < 0.9 * float(counts.sum()):
+            results.append(torch.tensor(torch.inf, dtype=torch.float64))
+            continue
         first, last = int(inside.int().argmax()), len(inside) - 1 - int(inside.flip(0).int().argmax())
         clipped = torch.where(inside, counts, 0.0)
-        # The observed distribution has the clipped mass at its ends, the quantized one is made without it: clipping costs.
+        # The observed distribution has the clipped mass at its ends, the quantized one is made without it: it costs.
         observed = clipped.clone()
         observed[first] += counts[:first].sum()
         observed[last] += counts[last + 1 :].sum()
+        values, levels = torch.unique(row, return_inverse=True)
         occupied = (clipped > 0).to(torch.float64)
-        mass = torch.zeros(int(levels.max()) + 1, dtype=torch.float64).index_add_(0, levels, clipped)
+        mass = torch.zeros(len(values), dtype=torch.float64).index_add_(0, levels, clipped)
         bins = torch.zeros_like(mass).index_add_(0, levels, occupied)
         spread = (mass / bins.clamp(min=1))[levels] * occupied
-        p, q = observed / observed.sum(), spread / spread.sum().clamp(min=1)
-        # A bin that only the clipped mass fills has q = 0: a small floor makes its cost finite.
-        results.append(torch.where(p > 0, p * torch.log(p / q.clamp(min=1e-9)), 0.0).sum())
+        p, q = observed / observed.sum(), spread / spread.sum()
+        results.append(torch.where(p > 0, p * torch.log(p / q.clamp(min=1e-300)), 0.0).sum())
     return torch.stack(results)

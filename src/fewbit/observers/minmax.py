@@ -16,10 +16,14 @@ class MinMax(RangeObserver):
     """The smallest and the largest value seen."""
 
     def init(self) -> State:
-        return {"low": torch.tensor(torch.inf), "high": torch.tensor(-torch.inf)}
+        return {
+            "low": torch.tensor(torch.inf, dtype=torch.float64),
+            "high": torch.tensor(-torch.inf, dtype=torch.float64),
+        }
 
     def update(self, state: State, x: Tensor) -> State:
-        return self.merge(state, {"low": x.min().float(), "high": x.max().float()})
+        low, high = (end.to("cpu", torch.float64) for end in x.detach().aminmax())
+        return self.merge(state, {"low": low, "high": high})
 
     def merge(self, first: State, second: State) -> State:
         return {
@@ -45,9 +49,10 @@ class MovingAverage(RangeObserver):
         return {name: torch.zeros((), dtype=torch.float64) for name in ("low", "high", "weight", "batches")}
 
     def update(self, state: State, x: Tensor) -> State:
+        low, high = (end.to("cpu", torch.float64) for end in x.detach().aminmax())
         batch = {
-            "low": self.momentum * x.min().to(torch.float64),
-            "high": self.momentum * x.max().to(torch.float64),
+            "low": self.momentum * low,
+            "high": self.momentum * high,
             "weight": torch.tensor(self.momentum, dtype=torch.float64),
             "batches": torch.ones((), dtype=torch.float64),
         }

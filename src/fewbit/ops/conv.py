@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.ops.reference import EXACT, integer_input, integer_values, largest_code
-from fewbit.qtensor import QTensor, dequantize, fake_quantize
+from fewbit.ops.reference import EXACT, LARGEST_SUM, integer_input, integer_values, largest_code
+from fewbit.qtensor import QTensor, dequantize, fake_quantize, straight_through
 from fewbit.spec import QuantSpec, per_channel
 
 _FUNCTIONS: dict[tuple[int, bool], Any] = {
@@ -64,6 +64,10 @@ class Geometry:
 
     def with_output_size(self, input_size: tuple[int, ...], output_size: Sequence[int]) -> Geometry:
         """The transposed convolution whose output has the spatial sizes ``output_size``; ValueError if it has none."""
+        if len(output_size) not in (self.dims, len(input_size)):
+            raise ValueError(
+                f"output_size {list(output_size)} needs {self.dims} sizes, or {len(input_size)} with all axes."
+            )
         padding = [
             wanted - ((size - 1) * stride - 2 * pad + dilation * (kernel - 1) + 1)
             for wanted, size, stride, pad, dilation, kernel in zip(
@@ -110,16 +114,20 @@ def conv(
     granularity = weight.spec.granularity
     per_row = granularity.kind in ("tensor", "token") or granularity == per_channel(0)
     integers = weight.spec.number.is_integer and spec is not None and spec.number.is_integer
-    if integers and per_row and spec is not None and spec.granularity.kind == "tensor":
-        values, scale = integer_input(x, spec, scale, zero_point)
-        weights = geometry.weight(integer_values(weight.codes, weight.zero_point, 0))
-        sums = integer_conv(values, weights, largest_code(spec) * largest_code(weight.spec), geometry)
-        channels = (-1,) + (1,) * geometry.dims
-        y = sums.to(torch.float32) * scale.reshape(()) * weight.scale_values.reshape(channels)
-        return (y if bias is None else y + bias.reshape(channels)).to(x.dtype)
-    if spec is not None:
-        x = fake_quantize(x, spec, scale, zero_point)
-    return geometry(x, geometry.weight(dequantize(weight, x.dtype)), bias)
+    exact = integers and per_row and spec is not None and spec.granularity.kind == "tensor"
+    bound = largest_code(spec) * largest_code(weight.spec) if exact and spec is not None else 0
+    if spec is None or not exact or geometry.terms * bound > LARGEST_SUM:
+        x = x if spec is None else fake_quantize(x, spec, scale, zero_point)
+        return geometry(x, geometry.weight(dequantize(weight, x.dtype)), bias)
+    values, scale = integer_input(x.detach(), spec, scale, zero_point)
+    weights = geometry.weight(integer_values(weight.codes, weight.zero_point, 0))
+    sums = integer_conv(values, weights, bound, geometry)
+    channels = (-1,) + (1,) * geometry.dims
+    y = sums.to(torch.float32) * scale.reshape(()) * weight.scale_values.reshape(channels)
+    y = (y if bias is None else y + bias.reshape(channels)).to(x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y = y + straight_through(torch.zeros_like(y), geometry(x, geometry.weight(dequantize(weight, x.dtype))))
+    return y
 
 
 def integer_conv(x: Tensor, weight: Tensor, bound: int, geometry: Geometry) -> Tensor:

@@ -3,7 +3,7 @@
     fewbit::linear_dynamic      activations to int8 on the fly, integer products
     fewbit::linear_weight_only  activations stay float
 
-Both differentiate with respect to ``x`` and ``bias`` as if the rounding of ``x`` were the identity (straight-through).
+All of it differentiates with respect to ``x`` and ``bias`` as if the rounding of ``x`` were the identity (straight-through).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbit.ops.reference import has_integer_product, integer_input, integer_linear, integer_values, largest_code
-from fewbit.qtensor import QTensor, dequantize, fake_quantize
+from fewbit.qtensor import QTensor, dequantize, fake_quantize, straight_through
 from fewbit.spec import PER_TOKEN, Granularity, QuantSpec, per_channel, per_group
 
 _WEIGHT = "Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int in_features, int bits"
@@ -45,11 +45,13 @@ def linear(
         if _is_dynamic_int8(spec) and has_integer_product(weight, spec):
             size = spec.granularity.group_size
             return torch.ops.fewbit.linear_dynamic(x, weight.packed, *arguments, size)
-    if spec is not None and has_integer_product(weight, spec):
-        return integer_products(x, weight, bias, spec, scale, zero_point)
-    if spec is not None:
-        x = fake_quantize(x, spec, scale, zero_point)
-    return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+    if spec is None or not has_integer_product(weight, spec):
+        x = x if spec is None else fake_quantize(x, spec, scale, zero_point)
+        return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+    y = integer_products(x.detach(), weight, bias, spec, scale, zero_point)
+    if torch.is_grad_enabled() and x.requires_grad:
+        y = y + straight_through(torch.zeros_like(y), torch.nn.functional.linear(x, dequantize(weight, x.dtype)))
+    return y
 
 
 def integer_products(

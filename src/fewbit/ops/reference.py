@@ -14,7 +14,8 @@ from fewbit.qtensor import QTensor, dynamic_qparams, integers
 from fewbit.spec import QuantSpec
 
 EXACT = 2**24  # every integer up to this is a float32
-GROUP_PIECE = 2**22  # elements of the products of several groups held at once
+LARGEST_SUM = 2**31 - 1  # of an int32 accumulator
+GROUP_PIECE = 2**14  # output channels times groups whose products are held at once
 
 
 def largest_code(spec: QuantSpec) -> int:
@@ -68,13 +69,13 @@ def integer_linear(a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Ten
     missing = -a.shape[1] % group
     a, weight = torch.nn.functional.pad(a, (0, missing)), torch.nn.functional.pad(weight, (0, missing))
     groups = a.shape[1] // group
-    a = a.reshape(len(a), groups, group).transpose(0, 1)
+    a = a.reshape(a.shape[0], groups, group).transpose(0, 1)
     weight = weight.reshape(len(weight), groups, group).transpose(0, 1)
     # [G, M, 1] and [G, 1, N]
     a_scale = a_scale.expand(-1, groups).T.unsqueeze(2)
     weight_scale = weight_scale.expand(-1, groups).T.unsqueeze(1)
-    total = torch.zeros(a.shape[1], weight.shape[1])
-    step = max(1, GROUP_PIECE // max(1, a.shape[1] * weight.shape[1]))
+    total = torch.zeros((), device=a.device)
+    step = max(1, GROUP_PIECE // max(1, weight.shape[1]))
     for begin in range(0, groups, step):
         part = slice(begin, begin + step)
         sums = integer_matmul(a[part], weight[part], bound).to(torch.float32)
@@ -83,8 +84,13 @@ def integer_linear(a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Ten
 
 
 def has_integer_product(weight: QTensor, spec: QuantSpec) -> bool:
-    """Whether ``integer_linear`` takes these weights with inputs of this spec: integer formats whose groups agree."""
+    """Whether ``integer_linear`` takes these weights with inputs of this spec: integer formats, groups that agree, and
+    sums that fit int32."""
+    if not (weight.spec.number.is_integer and spec.number.is_integer):
+        return False
     sizes = {tensor.granularity.group_size for tensor in (weight.spec, spec) if tensor.granularity.kind == "group"}
     rowwise = weight.spec.granularity.kind != "channel" or weight.spec.granularity.axis == 0
     inner = spec.granularity.kind != "channel"
-    return weight.spec.number.is_integer and spec.number.is_integer and len(sizes) <= 1 and rowwise and inner
+    terms = min([weight.shape[1], *sizes])
+    fits = terms * largest_code(weight.spec) * largest_code(spec) <= LARGEST_SUM
+    return len(sizes) <= 1 and rowwise and inner and fits

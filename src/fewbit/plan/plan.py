@@ -128,6 +128,9 @@ class Plan:
         checked_keys(data, Plan, where, required=names)
         types = {"sites": dict, "skipped": dict, "transforms": dict, "ties": list, "float_weights": int}
         check_types(data, {**types, "float_bytes": int}, where)
+        for number, tie in enumerate(data["ties"]):
+            if not isinstance(tie, list) or not all(isinstance(name, str) for name in tie):
+                raise PlanError(f"{where}.ties[{number}]: found {tie!r}, needs a list of names.")
         return Plan(
             recipe=Recipe.from_json(data["recipe"], f"{where}.recipe"),
             sites={name: Site.from_json(site, f"{where}.sites.{name}") for name, site in data["sites"].items()},

@@ -98,6 +98,8 @@ class Recipe:
     def from_json(data: Any, where: str) -> Recipe:
         checked_keys(data, Recipe, where, required=("name", "rules"))
         check_types(data, {"name": str, "rules": list, "transforms": list}, where)
+        for number, transform in enumerate(data.get("transforms", ())):
+            check_types({f"transforms[{number}]": transform}, {f"transforms[{number}]": str}, where)
         rules = (Rule.from_json(rule, f"{where}.rules[{number}]") for number, rule in enumerate(data["rules"]))
         return Recipe(data["name"], tuple(rules), tuple(data.get("transforms", ())))
 
@@ -122,7 +124,7 @@ def load_recipe(recipe: str | Path | Recipe, exclude: Iterable[str] = ()) -> Rec
     """
     if not isinstance(recipe, Recipe):
         recipe = _read(recipe)
-    for pattern in exclude:
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
         recipe = recipe.override(pattern, None)
     return recipe
 
@@ -133,9 +135,9 @@ def _read(source: str | Path) -> Recipe:
         text = (_folder() / f"{name}.toml").read_text()
     elif name.endswith(".toml"):
         try:
-            text = Path(source).read_text()
-        except OSError as error:
-            raise PlanError(f"recipe {name}: cannot be read: {error.strerror}.") from None
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"recipe {name}: cannot be read: {error}.") from None
     else:
         raise PlanError(f"{unknown('recipe', name, presets())} Or give the path of a .toml file.")
     try:

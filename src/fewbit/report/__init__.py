@@ -23,6 +23,11 @@ def write_report(data: Mapping[str, Any], path: str | Path) -> Path:
         text = environment.get_template("report.html").render(**data)
     except jinja2.UndefinedError as error:
         raise FewbitError(f"not the report of an answer or a comparison: {error}.") from None
+    return write_text(path, text)
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a file, and the folders above it; returns its path. FewbitError if it cannot be written."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,9 @@ from torch import nn
 
 from fewbit.hardware import Machine
 from fewbit.plan import Plan
-from fewbit.report import write_report
+from fewbit.report import write_report, write_text
 from fewbit.targets import save
+from fewbit.targets.native import REPORT
 from fewbit.verify import Budget, Latency, OutputError, Paired, Verdict
 
 FLOAT = "float"
@@ -55,7 +56,8 @@ class Answer:
     """The result of ``autoquantize``.
 
     ``verdict``: "pass", a quantized model is within the budget and faster or smaller than float; "no_gain", one is within
-    it but neither; "not_enough_data", none is shown to be within it but more examples may do; "fail", none is.
+    it but neither, or no recipe applies; "not_enough_data", none is shown to be within it but more examples may do that;
+    "fail", every one loses more.
     ``model``: the fastest quantized model that passed, else the float model itself. ``chosen``: its trial.
     """
 
@@ -91,10 +93,7 @@ class Answer:
         """Write the chosen model as a checkpoint with report.json; the float model is not written, only the report is."""
         if self.chosen.recipe != FLOAT:
             return save(self.model, path, self.to_json())
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
-        return folder
+        return write_text(Path(path) / REPORT, json.dumps(self.to_json(), indent=1)).parent
 
     def report(self, path: str | Path) -> Path:
         """Write the answer as one self-contained HTML file; returns it."""
@@ -126,7 +125,7 @@ def _conclusion(verdict: str, chosen: Trial, float_trial: Trial) -> str:
         warning = " It is slower than float here: take it for its size." if slower else ""
         return f"{chosen.recipe} is the fastest within the budget: {_gain(chosen, float_trial)}.{warning}"
     if verdict == "no_gain":
-        return "What is within the budget is neither faster nor smaller than float here: keep the float model."
+        return "Nothing that was tried and is within the budget is faster or smaller than float: keep the float model."
     if verdict == "not_enough_data":
         return (
             "No trial is shown to be within the budget, but more evaluation examples may show it: keep the float model."

@@ -106,7 +106,7 @@ def _choose(trials: list[Trial]) -> tuple[Literal["pass", "fail", "not_enough_da
     gaining = [trial for trial in passed if _faster(trial, float_trial) or _smaller(trial, float_trial)]
     if gaining:
         return "pass", min(gaining, key=_milliseconds)
-    if passed:
+    if passed or not tried:
         return "no_gain", float_trial
     undecided = any(trial.verdict is not None and trial.verdict.verdict == "not_enough_data" for trial in tried)
     return ("not_enough_data" if undecided else "fail"), float_trial

@@ -126,7 +126,10 @@ def _plan_text(folder: Path, digest: str | None) -> str:
             found = True
             content = path.read_bytes()
             if _digest(content) == digest:
-                return content.decode()
+                try:
+                    return content.decode()
+                except UnicodeDecodeError as error:
+                    raise CheckpointError(f"{path}: not UTF-8 text: {error}.") from None
     if not found:
         raise CheckpointError(f"{folder / PLAN}: no such file; a fewbit checkpoint has {MODEL} and {PLAN}.")
     raise CheckpointError(

@@ -50,7 +50,7 @@ def fold_batch_norms(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
         weight, bias = _folded(layer, norm)
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-        model.set_submodule(norm_name, nn.Identity())
+        model.set_submodule(norm_name, nn.Identity().train(norm.training))
 
 
 @torch.no_grad()

@@ -30,9 +30,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_drop) and self.max_drop >= 0):
-            raise ValueError(f"max_drop: found {self.max_drop}, needs a number >= 0 in the units of the score.")
+            raise EvaluationError(f"max_drop: found {self.max_drop}, needs a number >= 0 in the units of the score.")
         if not 0.5 < self.confidence < 1:
-            raise ValueError(f"confidence: found {self.confidence}, needs a number between 0.5 and 1.")
+            raise EvaluationError(f"confidence: found {self.confidence}, needs a number between 0.5 and 1.")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,110 @@
+"""Tiny models and data that several tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """Convolutions with batch norm, a skip connection and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm1(self.conv1(x)))
+        x = torch.relu(x + self.norm2(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Tagger(nn.Module):
+    """An embedding, a bidirectional LSTM and a head; every matrix is large enough for the presets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(300, 64)
+        self.lstm = nn.LSTM(64, 48, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(96, 192)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embedding(tokens))[0][:, -1])
+
+
+class Encoder(nn.Module):
+    """Two transformer layers with their attention, large enough for the presets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(200, 128)
+        layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embedding(tokens)).mean(1))
+
+
+def randomize_norms(model: nn.Module) -> None:
+    """Statistics and parameters of batch norms as training leaves them."""
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
+
+
+@pytest.fixture
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    model = ConvNet()
+    randomize_norms(model)
+    return model.eval()
+
+
+@pytest.fixture
+def tagger() -> nn.Module:
+    torch.manual_seed(1)
+    return Tagger().eval()
+
+
+@pytest.fixture
+def encoder() -> nn.Module:
+    torch.manual_seed(2)
+    return Encoder().eval()
+
+
+@pytest.fixture
+def mlp() -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(128, 192), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 4)).eval()
+
+
+@pytest.fixture
+def images() -> list[Tensor]:
+    """Four batches for ``cnn``."""
+    generator = torch.Generator().manual_seed(10)
+    return [torch.randn(4, 3, 8, 8, generator=generator) for _ in range(4)]
+
+
+@pytest.fixture
+def tokens() -> list[Tensor]:
+    """Three batches for ``tagger`` and ``encoder``."""
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(0, 200, (3, 7), generator=generator) for _ in range(3)]
+
+
+@pytest.fixture
+def vectors() -> list[Tensor]:
+    """Four batches for ``mlp``."""
+    generator = torch.Generator().manual_seed(12)
+    return [torch.randn(8, 128, generator=generator) for _ in range(4)]

@@ -1,0 +1,124 @@
+"""Linear layers: shapes, dequantized weights, half precision inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+import fewbit
+from fewbit import PER_TOKEN, QuantSpec, Recipe, Rule, Scheme, per_channel, per_group
+from fewbit.nn import Linear
+from fewbit.qtensor import dequantize, fake_quantize
+
+INT8 = QuantSpec("int8", per_channel(0))
+SPECS = {
+    "int8": INT8,
+    "int8-group": QuantSpec("int8", per_group(8)),
+    "int8-tensor": QuantSpec("int8"),
+    "uint8": QuantSpec("uint8", per_channel(0), symmetric=False),
+    "int4-group": QuantSpec("int4", per_group(8), scale_dtype="bfloat16"),
+    "int4-short-group": QuantSpec("int4", per_group(7), symmetric=False),
+    "nf4": QuantSpec("nf4", per_group(16)),
+}
+INPUTS = {
+    "float": None,
+    "token": QuantSpec("int8", PER_TOKEN),
+    "group": QuantSpec("int8", per_group(8)),
+    "tensor": QuantSpec("int8"),
+    "static": QuantSpec("uint8", symmetric=False, observer="minmax"),
+}
+
+
+def quantized(module: nn.Module, weight: QuantSpec, spec: QuantSpec | None, x: torch.Tensor) -> Linear:
+    layer = fewbit.quantize(module, Recipe("test", (Rule("*", Scheme(weight, spec)),)), [x])
+    assert isinstance(layer, Linear)
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("spec", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("weight", SPECS.values(), ids=SPECS)
+def test_equals_float_arithmetic_on_dequantized_operands(weight: QuantSpec, spec: QuantSpec | None, bias: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 30)
+    layer = quantized(nn.Linear(30, 12, bias=bias), weight, spec, x)
+    expected = linear(layer.quantized_input(x).double(), layer.weight.double(), None)
+    if layer.bias is not None:
+        expected = expected + layer.bias.double()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(30,), (1, 30), (0, 30), (2, 0, 30), (2, 3, 4, 30)], ids=str)
+@pytest.mark.parametrize("spec", INPUTS.values(), ids=INPUTS)
+def test_any_leading_axes(spec: QuantSpec | None, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    layer = quantized(nn.Linear(30, 12), INT8, spec, torch.randn(4, 30))
+    with torch.no_grad():
+        y = layer(torch.randn(shape))
+    assert y.shape == (*shape[:-1], 12) and y.isfinite().all()
+
+
+def test_weight_property_is_the_dequantized_weight() -> None:
+    layer = quantized(nn.Linear(30, 12), INT8, None, torch.randn(1, 30))
+    assert torch.equal(layer.weight, dequantize(layer.qtensor())) and layer.weight.shape == (12, 30)
+    assert (layer.in_features, layer.out_features) == (30, 12)
+
+
+def test_transposed_conv1d_of_transformers() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    module, x = Conv1D(12, 30), torch.randn(4, 30)
+    layer = quantized(module, INT8, None, x)
+    assert (layer.in_features, layer.out_features) == (30, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ layer.weight.T + module.bias, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["half", "bfloat16"])
+def test_half_precision_layers_give_half_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(30, 12, dtype=dtype), torch.randn(4, 30, dtype=dtype)
+    layer = quantized(module, INT8, QuantSpec("int8", PER_TOKEN), x)
+    with torch.no_grad():
+        y, exact = layer(x), module(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), exact.float(), atol=0.05, rtol=0.05)
+
+
+def test_gradient_is_that_of_the_dequantized_weight() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 30, requires_grad=True)
+    layer = quantized(nn.Linear(30, 12), INT8, QuantSpec("int8", PER_TOKEN), x.detach())
+    upstream = torch.randn(4, 12)
+    layer(x).backward(upstream)
+    assert x.grad is not None and layer.bias is not None and layer.bias.grad is not None
+    torch.testing.assert_close(x.grad, upstream @ layer.weight)
+    torch.testing.assert_close(layer.bias.grad, upstream.sum(0))
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    module = nn.Linear(30, 12, bias=False)
+    nn.init.zeros_(module.weight[3:5].detach())
+    with torch.no_grad():
+        module.weight[3:5] = 0
+    x = torch.randn(4, 30)
+    with torch.no_grad():
+        y = quantized(module, INT8, QuantSpec("int8", PER_TOKEN), x)(x)
+    assert (y[:, 3:5] == 0).all() and y.isfinite().all()
+
+
+def test_an_outlying_row_does_not_disturb_others() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 30)
+    layer = quantized(nn.Linear(30, 12), INT8, QuantSpec("int8", PER_TOKEN), x)
+    spec = layer.scheme.input
+    assert spec is not None
+    with torch.no_grad():
+        alone = layer(x[:1])
+        together = layer(torch.cat([x[:1], 1e4 * x[1:]]))[:1]
+    assert torch.equal(alone, together)
+    assert torch.equal(fake_quantize(x[:1], spec), fake_quantize(torch.cat([x[:1], 1e4 * x[1:]]), spec)[:1])

@@ -1,0 +1,155 @@
+"""LSTM and GRU: equal to torch's with the weights dequantized."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fewbit
+from fewbit import PER_TOKEN, QuantSpec, Recipe, Rule, Scheme, per_channel, per_group
+from fewbit.nn import QuantizedLayer
+from fewbit.qtensor import dequantize
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+
+INT8 = QuantSpec("int8", per_channel(0))
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "layers": {"num_layers": 3},
+    "bidirectional": {"bidirectional": True},
+    "batch-first": {"batch_first": True},
+    "no-bias": {"bias": False},
+    "all": {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False},
+}
+CASES: list[Any] = [
+    *(
+        pytest.param(cls, settings, id=f"{cls.__name__}-{name}")
+        for cls, (name, settings) in itertools.product((nn.LSTM, nn.GRU), SETTINGS.items())
+    ),
+    pytest.param(nn.LSTM, {"proj_size": 5}, id="LSTM-projection"),
+    pytest.param(nn.LSTM, {"proj_size": 5, "num_layers": 2, "bidirectional": True}, id="LSTM-projection-all"),
+]
+
+
+def pair(cls: type[nn.Module], settings: dict[str, Any]) -> tuple[nn.Module, QuantizedLayer]:
+    """torch's layer with dequantized weights, and the weight-only quantized layer."""
+    torch.manual_seed(0)
+    module = cls(6, 8, **settings).eval()
+    layer = fewbit.quantize(module, Recipe("test", (Rule("*", Scheme(INT8)),)))
+    assert isinstance(layer, QuantizedLayer)
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("weight"):
+                parameter.copy_(dequantize(layer.qtensor(name)))
+    return module, layer
+
+
+def initial(module: nn.Module, settings: dict[str, Any], batch: int | None) -> Any:
+    count = settings.get("num_layers", 1) * (2 if settings.get("bidirectional") else 1)
+    middle = () if batch is None else (batch,)
+    h = torch.randn(count, *middle, settings.get("proj_size", 0) or 8)
+    return (h, torch.randn(count, *middle, 8)) if isinstance(module, nn.LSTM) else h
+
+
+def assert_close(first: Any, second: Any) -> None:
+    if isinstance(first, PackedSequence):
+        for a, b in zip(first, second, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    elif isinstance(first, Tensor):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+    else:
+        assert type(first) is type(second)
+        for a, b in zip(first, second, strict=True):
+            assert_close(a, b)
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("batch", [3, 1, None], ids=["batch", "batch-of-1", "unbatched"])
+@pytest.mark.parametrize(("cls", "settings"), CASES)
+@torch.no_grad()
+def test_equals_torch(cls: type[nn.Module], settings: dict[str, Any], batch: int | None, states: bool) -> None:
+    module, layer = pair(cls, settings)
+    shape = (7, 6) if batch is None else (batch, 7, 6) if settings.get("batch_first") else (7, batch, 6)
+    x = torch.randn(shape)
+    hx = initial(module, settings, batch) if states else None
+    assert_close(layer(x, hx), module(x, hx))
+
+
+@pytest.mark.parametrize("states", [False, True], ids=["zeros", "states"])
+@pytest.mark.parametrize("lengths", [[7, 4, 4, 1], [2, 7, 1, 5], [3, 3, 3, 3]], ids=["sorted", "unsorted", "equal"])
+@pytest.mark.parametrize(("cls", "settings"), CASES)
+@torch.no_grad()
+def test_packed_sequences_equal_torch(
+    cls: type[nn.Module], settings: dict[str, Any], lengths: list[int], states: bool
+) -> None:
+    module, layer = pair(cls, settings)
+    x = torch.randn(4, 7, 6)
+    hx = initial(module, settings, 4) if states else None
+    for enforce_sorted in (True, False) if lengths == sorted(lengths, reverse=True) else (False,):
+        packed = pack_padded_sequence(x, torch.tensor(lengths), batch_first=True, enforce_sorted=enforce_sorted)
+        found, expected = layer(packed, hx), module(packed, hx)
+        assert_close(found, expected)
+        assert_close(pad_packed_sequence(found[0]), pad_packed_sequence(expected[0]))
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
+@torch.no_grad()
+def test_dynamic_input_is_near_float(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    module, x = cls(32, 32, num_layers=2), torch.randn(6, 3, 32)
+    scheme = Scheme(INT8, QuantSpec("int8", PER_TOKEN))
+    layer = fewbit.quantize(module, Recipe("test", (Rule("*", scheme),)))
+    exact, found = module(x)[0], layer(x)[0]
+    assert found.shape == exact.shape and 0 < float((found - exact).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
+@torch.no_grad()
+def test_a_sequence_is_the_same_alone_and_in_a_batch(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 32)
+    scheme = Scheme(INT8, QuantSpec("int8", PER_TOKEN))
+    layer = fewbit.quantize(cls(32, 32), Recipe("test", (Rule("*", scheme),)))
+    torch.testing.assert_close(layer(x)[0][:, 1], layer(x[:, 1])[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
+@torch.no_grad()
+def test_int4_groups(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    module, x = cls(32, 32), torch.randn(6, 3, 32)
+    scheme = Scheme(QuantSpec("int4", per_group(16)), method="mse")
+    layer = fewbit.quantize(module, Recipe("test", (Rule("*", scheme),)))
+    assert float((layer(x)[0] - module(x)[0]).abs().max()) < 0.2
+
+
+def test_dropout_between_layers_in_training_only() -> None:
+    torch.manual_seed(0)
+    module, x = nn.LSTM(6, 8, num_layers=2, dropout=0.5), torch.randn(7, 3, 6)
+    layer = fewbit.quantize(module, Recipe("test", (Rule("*", Scheme(INT8)),)))
+    assert torch.equal(layer(x)[0], layer(x)[0])
+    layer.train()
+    assert not torch.equal(layer(x)[0], layer(x)[0])
+
+
+def test_wrong_shapes_are_refused() -> None:
+    _, layer = pair(nn.LSTM, {})
+    with pytest.raises(ValueError, match="needs 2"):
+        layer(torch.randn(1, 2, 3, 6))
+    with pytest.raises(ValueError, match="initial states"):
+        layer(torch.randn(7, 3, 6), (torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)))
+
+
+def test_flatten_parameters_may_be_called() -> None:
+    _, layer = pair(nn.GRU, {})
+    layer.flatten_parameters()
+    assert all(name in layer.state_dict() for name in ("weight_ih_l0_packed", "bias_hh_l0"))

@@ -1,0 +1,43 @@
+"""The Python code of README.md runs as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+
+
+class Encoder(nn.Module):
+    """A model that has the layers which the README's examples name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList([nn.Module()])
+        self.encoder.layer[0].output = nn.Module()
+        self.encoder.layer[0].output.dense = nn.Linear(160, 160)
+        self.classifier = nn.Linear(160, 160)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.relu(self.encoder.layer[0].output.dense(x)))
+
+
+def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    batches = [torch.randn(16, 160) for _ in range(3)]
+    model = Encoder().eval()
+    names: dict[str, object] = {
+        "model": model,
+        "batches": batches,
+        "evaluate": lambda candidate: torch.ones(4000) * candidate(batches[0]).isfinite().all(),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(block, names)
