@@ -183,3 +183,64 @@ def test_errors_in_a_process_have_no_traceback(task: Path, tmp_path: Path) -> No
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, env={**os.environ})
     assert result.returncode == 1 and result.stdout == ""
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("fewbit: unknown recipe 'nothing'.")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def task(:\n", "raised SyntaxError"),
+        ("def task():\n    raise OSError('no data')\n", "raised OSError: no data"),
+        ("import no_such_module\n", "raised ModuleNotFoundError"),
+    ],
+    ids=["syntax-error", "raises", "import"],
+)
+def test_a_task_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    path = tmp_path / "task.py"
+    path.write_text(text)
+    line = failing(monkeypatch, capsys, "quantize", path, "--recipe", "int8-dynamic", "--out", tmp_path / "out")
+    assert f"{path}: {message}" in line
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "config", ["{", "[]", '{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}'], ids=str
+)
+def test_a_hugging_face_folder_that_cannot_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], config: str
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    line = failing(monkeypatch, capsys, "quantize", tmp_path, "--recipe", "int8-dynamic", "--out", tmp_path / "out")
+    assert str(tmp_path) in line
+
+
+def test_numbers_and_files_that_cannot_be_used_are_one_line(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, recipe = tmp_path / "file", tmp_path / "latin.toml"
+    file.write_text("in the way")
+    recipe.write_bytes(b'name = "caf\xe9"')
+    cases = [
+        (("auto", task, "--max-drop", -1, "--out", tmp_path / "out"), "max_drop: found -1"),
+        (("auto", task, "--max-drop", 0.9, "--out", file / "x"), "cannot be written"),
+        (("quantize", task, "--recipe", recipe, "--out", tmp_path / "out"), "latin.toml: "),
+    ]
+    for arguments, message in cases:
+        assert message in failing(monkeypatch, capsys, *arguments)
+
+
+def test_compare_shows_its_figures_even_if_they_cannot_be_written(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    saved = fewbit.save(fewbit.quantize(fewbit.load_task(task).model, "int8-dynamic"), tmp_path / "saved")
+    monkeypatch.setattr(
+        sys, "argv", ["fewbit", "compare", str(task), str(saved), "--out", str(tmp_path / "file/x.json")]
+    )
+    with pytest.raises(SystemExit) as caught:
+        main()
+    output = capsys.readouterr()
+    assert caught.value.code == 1 and "SQNR" in output.out
+    [line] = output.err.splitlines()
+    assert line.startswith("fewbit: ") and "x.json: cannot be written" in line

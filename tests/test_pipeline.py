@@ -16,6 +16,8 @@ import fewbit
 from fewbit import PER_TOKEN, CalibrationError, FewbitError, PlanError, QuantSpec, Recipe, Rule, Scheme, per_channel
 from fewbit.nn import QuantizedLayer
 from fewbit.pipeline import float_twin, sites_of, skeleton
+from fewbit.qtensor import dequantize
+from fewbit.qtensor import quantize as quantize_tensor
 
 WEIGHT = QuantSpec("int8", per_channel(0))
 INT8 = Scheme(WEIGHT)
@@ -231,6 +233,44 @@ def test_exclude() -> None:
     assert list(fewbit.plan_of(quantized).sites) == ["0"] and type(quantized.get_submodule("1")) is nn.Linear
 
 
+def test_exclude_takes_one_pattern_as_it_is() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 8)})
+    plan = fewbit.plan_of(fewbit.quantize(model, ALL, exclude="head"))
+    assert list(plan.sites) == ["body"] and plan.skipped == {"head": "excluded by 'head'"}
+
+
+class ByKeyword(nn.Module):
+    """Calls its layer with the keyword that torch's layers name their argument by."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(input=x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "recipe"),
+    [
+        (nn.Linear(8, 8), torch.ones(2, 8), STATIC),
+        (nn.Conv2d(4, 4, 3), torch.ones(2, 4, 5, 5), STATIC),
+        (nn.Embedding(9, 8), torch.arange(9), ALL),
+        (nn.LSTM(8, 8), torch.ones(3, 2, 8), ALL),
+    ],
+    ids=["Linear", "Conv2d", "Embedding", "LSTM"],
+)
+def test_layers_are_called_by_keyword(layer: nn.Module, x: Tensor, recipe: Recipe) -> None:
+    model = ByKeyword(layer).eval()
+    quantized = fewbit.quantize(model, recipe, [x])
+    assert isinstance(quantized.get_submodule("layer"), QuantizedLayer)
+    with torch.no_grad():
+        exact, found = model(x), quantized(x)
+    torch.testing.assert_close(found, exact, atol=0.05, rtol=0.05)
+    [error] = fewbit.compare(model, quantized, [x]).layers
+    assert error.name == "layer" and error.sqnr > 20
+
+
 def test_plan_of_a_float_model_is_refused(cnn: nn.Module) -> None:
     with pytest.raises(PlanError, match="ConvNet was not quantized by fewbit"):
         fewbit.plan_of(cnn)
@@ -261,6 +301,17 @@ def test_weight_norm_is_quantized_as_it_computes() -> None:
     assert_unchanged(model, before)
     with torch.no_grad():
         torch.testing.assert_close(quantized(x), model(x), atol=0.02, rtol=0.02)
+
+
+def test_each_parametrized_layer_is_quantized_with_its_own_weight() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(parametrizations.weight_norm(nn.Linear(16, 16)) for _ in range(2))).eval()
+    quantized = fewbit.quantize(model, ALL)
+    for name, layer in sites_of(quantized):
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        assert torch.equal(dequantize(layer.qtensor()), dequantize(quantize_tensor(weight.detach(), WEIGHT)))
+    assert fewbit.plan_of(quantized).ties == () and len(list(sites_of(quantized))) == 2
 
 
 def test_empty_batches_are_passed_over() -> None:

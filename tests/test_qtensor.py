@@ -181,6 +181,19 @@ def test_integers_are_codes_less_the_zero_point(data: st.DataObject) -> None:
     assert torch.equal(values, expected)
 
 
+def test_integers_of_float64_are_rounded_once() -> None:
+    x, spec, scale = torch.tensor([0.5 + 1e-12, 127.0], dtype=torch.float64), QuantSpec("int8"), torch.ones(1)
+    assert integers(x, spec, scale, None).tolist() == encode(x, spec, scale, None).tolist() == [1, 127]
+
+
+def test_a_nan_stays_in_its_token_with_two_level_scales() -> None:
+    x = torch.ones(3, 4)
+    x[1, 1] = float("nan")
+    y = fake_quantize(x, QuantSpec("int8", PER_TOKEN, scale=QuantSpec("int8", PER_TOKEN)))
+    assert bool(y[[0, 2]].isfinite().all())
+    assert bool(y[1].isnan().all())
+
+
 @SETTINGS
 @given(st.data(), st.none() | st.sampled_from(SCALE_SPECS), st.sampled_from(["float32", "bfloat16"]))
 def test_empty_has_the_shapes_and_dtypes_of_quantize(data: st.DataObject, level: QuantSpec | None, dtype: str) -> None:
@@ -236,6 +249,23 @@ def test_no_elements(shape: tuple[int, ...], kind: tuple[str, bool], granularity
     assert bool((q.scale_values == 1).all())
 
 
+@pytest.mark.parametrize("name", ["int4", "nf4"])
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0, 5)], ids=str)
+def test_four_bit_tensors_without_rows(name: str, shape: tuple[int, ...]) -> None:
+    spec = QuantSpec(name, per_group(4))
+    q = quantize(torch.zeros(shape), spec)
+    assert dequantize(q).shape == shape
+    assert q.packed.shape == empty(shape, spec).packed.shape
+
+
+@pytest.mark.parametrize("axis", [0, -1])
+def test_each_element_of_a_vector_may_be_a_channel(axis: int) -> None:
+    x = torch.tensor([1.0, -2.0, 0.0])
+    q = quantize(x, QuantSpec("int8", per_channel(axis)))
+    assert q.scale_values.shape == (3,)
+    torch.testing.assert_close(dequantize(q), x)
+
+
 @pytest.mark.parametrize("spec", ALL_SPECS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_is_refused_and_counted(spec: QuantSpec, bad: float) -> None:
@@ -249,6 +279,13 @@ def test_what_is_not_finite_is_refused_and_counted(spec: QuantSpec, bad: float) 
 def test_a_range_beyond_float32_is_refused(scale_dtype: str) -> None:
     with pytest.raises(ValueError, match=r"at most 3\.37e\+38 fits"):
         quantize(torch.tensor([1.0, 1e42], dtype=torch.float64), QuantSpec("int8", scale_dtype=scale_dtype))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_largest_float32_is_refused(symmetric: bool) -> None:
+    largest = torch.finfo(torch.float32).max
+    with pytest.raises(ValueError, match=r"found a range of -3\.40282e\+38 to 3\.40282e\+38"):
+        quantize(torch.tensor([largest, -largest]), QuantSpec("int8", symmetric=symmetric))
 
 
 def test_rounds_half_to_even() -> None:
@@ -372,7 +409,7 @@ def test_quantize_leaves_its_argument_alone(spec: QuantSpec) -> None:
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("kind", INTEGER_KINDS, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("granularity", [PER_TENSOR, PER_TOKEN, per_channel(0), per_group(3)], ids=lambda g: g.kind)
 def test_memory_layout_does_not_matter(kind: tuple[str, bool], granularity: Granularity) -> None:
     torch.manual_seed(0)

@@ -34,8 +34,10 @@ def test_task_file_may_import_its_neighbours(tmp_path: Path) -> None:
         ("task.py", "x = 1\n", r"task.py: has no function task\(\)"),
         ("task.py", "def task():\n    return 3\n", r"task.py: task\(\) returned a int; it must return a fewbit.Task"),
         ("task.txt", GOOD, "task.txt: not a Python file"),
+        ("task.py", "def task(:\n", r"task.py: raised SyntaxError: "),
+        ("task.py", "def task():\n    raise OSError('no data')\n", r"task.py: raised OSError: no data"),
     ],
-    ids=["no-function", "other-result", "no-python"],
+    ids=["no-function", "other-result", "no-python", "syntax-error", "raises"],
 )
 def test_files_that_are_no_tasks(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
@@ -58,4 +60,10 @@ def test_folder_without_config(tmp_path: Path) -> None:
 def test_folder_of_an_unknown_architecture(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
     with pytest.raises(UnsupportedError, match="architecture 'NoSuchModel' is not in transformers"):
+        load_task(tmp_path)
+
+
+def test_folder_with_a_config_that_is_not_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(FewbitError, match=r"config.json: not a Hugging Face configuration"):
         load_task(tmp_path)

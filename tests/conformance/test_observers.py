@@ -139,6 +139,15 @@ def test_values_at_the_ends_of_float32(observer: RangeObserver, spec: QuantSpec,
 
 
 @EVERY
+@pytest.mark.parametrize("value", [1.0, -7.25, 3e38, 1e-20])
+@pytest.mark.parametrize("length", [1, 5])
+def test_the_range_of_a_constant_ends_there(observer: RangeObserver, value: float, length: int) -> None:
+    x = torch.full((length,), value)
+    low, high = observer.choose_range(observed(observer, [x]), QuantSpec("int8"))
+    assert max(-float(low), float(high)) == pytest.approx(abs(float(x[0])), rel=1e-3)
+
+
+@EVERY
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_observed_as_their_float32_values(observer: RangeObserver, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

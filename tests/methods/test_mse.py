@@ -41,6 +41,15 @@ def test_four_bit_error_is_lower_than_that_of_rtn(spec: QuantSpec) -> None:
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_two_level_scales_do_not_make_it_worse_than_rtn(seed: int) -> None:
+    torch.manual_seed(seed)
+    weight, ones = torch.randn(6, 23) ** 3, torch.ones(())
+    spec = QuantSpec("int4", per_group(5), scale=QuantSpec("int4", per_group(4)))
+    rounded = weighted_error(weight, quantize(weight, spec), ones)
+    assert weighted_error(weight, MSE.quantize(weight, spec), ones) <= rounded * (1 + 1e-6)
+
+
 @SMALL_BLOCKS
 def test_importance_lowers_the_weighted_error(name: str) -> None:
     spec = INT4[name]

@@ -70,6 +70,19 @@ def test_the_order_of_the_data_does_not_matter(order: list[int], seed: int) -> N
     assert all(torch.equal(state[name], other[name]) for name in state)
 
 
+@pytest.mark.parametrize("small", [1e-30, 1e-38])
+def test_the_order_does_not_matter_where_values_underflow(small: float) -> None:
+    observer = Histogram("mse")
+    a, b = torch.tensor([-small, 2 * small, small / 3]), torch.tensor([3e38, -3e38])
+    first, second = observed(observer, a, b), observed(observer, b, a)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_neighbours_in_float64_are_counted() -> None:
+    x = torch.tensor([1.0, 1.0 + 2.3e-16], dtype=torch.float64)
+    assert int(observed(Histogram("mse"), x)["counts"].sum()) == 2
+
+
 def test_the_bins_are_as_fine_as_their_number_allows() -> None:
     state = observed(Histogram("mse"), torch.linspace(-1, 1, 1000))
     assert int(state["exponent"]) == -10  # 2,049 bins: one finer would need 4,097
@@ -97,6 +110,24 @@ def test_mse_is_nearly_the_best_range_of_all(spec: QuantSpec) -> None:
         assert isinstance(scale, Tensor)
         errors.append(float((fake_quantize(x, spec, scale, zero_point) - x).square().mean()))
     assert error(x, OBSERVERS["mse"], spec) <= 1.05 * min(errors)
+
+
+def test_mse_is_nearly_the_best_range_of_a_codebook() -> None:
+    torch.manual_seed(0)
+    x, spec = torch.randn(40_000), QuantSpec("nf4")
+    scales = torch.linspace(0.5, 5, 91).reshape(-1, 1)
+    errors = [float((fake_quantize(x, spec, scale) - x).square().mean()) for scale in scales]
+    assert error(x, OBSERVERS["mse"], spec) <= 1.05 * min(errors)
+
+
+def test_mse_clips_one_tail_and_keeps_the_other() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(50_000)
+    x[0] = 30.0
+    x -= 0.5
+    low, high = OBSERVERS["mse"].choose_range(observed(OBSERVERS["mse"], x), SPECS["int4-asymmetric"])
+    assert float(low) == pytest.approx(-0.5, abs=0.1)
+    assert float(high) < 5
 
 
 @pytest.mark.parametrize("percentile", [99.9, 99.99, 90.0])
@@ -142,3 +173,18 @@ def test_values_after_relu_keep_zero_as_their_low_end(name: str, spec: QuantSpec
     low, high = OBSERVERS[name].choose_range(observed(OBSERVERS[name], x), spec)
     assert abs(float(low)) < 1e-3
     assert 1.5 < float(high) <= float(x.max())
+
+
+def test_entropy_keeps_data_away_from_zero() -> None:
+    torch.manual_seed(0)
+    x = 1000 + torch.rand(1000)
+    _, high = OBSERVERS["entropy"].choose_range(observed(OBSERVERS["entropy"], x), SPECS["int8"])
+    assert float(high) >= 1000
+
+
+@pytest.mark.parametrize("spec", [SPECS["int8"], SPECS["uint8"]], ids=["int8", "uint8"])
+def test_entropy_of_values_after_relu_keeps_the_bulk(spec: QuantSpec) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(20_000).relu()
+    _, high = OBSERVERS["entropy"].choose_range(observed(OBSERVERS["entropy"], x), spec)
+    assert float((x > float(high)).float().mean()) < 0.01

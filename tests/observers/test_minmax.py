@@ -48,3 +48,7 @@ def test_the_average_forgets_an_early_outlier() -> None:
     low, high = range_of(MovingAverage(), batches)
     assert low == pytest.approx(-1.0)
     assert high == pytest.approx(1.0, abs=1e-3)
+
+
+def test_float64_is_kept_as_it_is() -> None:
+    assert range_of(MinMax(), [torch.tensor([-1e300, 1e300], dtype=torch.float64)]) == (-1e300, 1e300)

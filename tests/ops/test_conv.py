@@ -178,6 +178,18 @@ def test_conv_with_a_static_grid(module: nn.Module, symmetric: bool) -> None:
     assert_close(conv(x, q, None, geometry, spec, scale, zero_point), expected)
 
 
+@EVERY
+def test_gradients_are_those_of_the_float_convolution(module: nn.Module) -> None:
+    geometry, matrix = weights(module, QuantSpec("int8"))
+    q, x = quantize(matrix, QuantSpec("int8", per_channel(0))), inputs(geometry).requires_grad_()
+    bias = torch.randn(len(matrix), requires_grad=True)
+    y = conv(x, q, bias, geometry, QuantSpec("int8"))
+    slope = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, bias), slope)
+    expected = torch.autograd.grad(geometry(x, geometry.weight(dequantize(q)), bias), (x, bias), slope)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("granularity", [per_channel(0), per_group(4)], ids=["integer", "float"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_conv_returns_the_dtype_of_its_input(granularity: Granularity, dtype: torch.dtype) -> None:

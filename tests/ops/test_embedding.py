@@ -20,6 +20,8 @@ SPECS = {
     "int4-groups": QuantSpec("int4", per_group(4), symmetric=False),
     "nf4-groups": QuantSpec("nf4", per_group(5), scale_dtype="bfloat16"),
     "two-level-rows": QuantSpec("int8", per_channel(0), scale=QuantSpec("int8")),
+    "two-level-tensor": QuantSpec("int8", PER_TENSOR, scale=QuantSpec("int8")),
+    "two-level-columns": QuantSpec("int8", per_channel(1), scale=QuantSpec("int8")),
     "two-level-groups": QuantSpec("int4", per_group(2), scale=QuantSpec("uint8", per_channel(0), symmetric=False)),
     "two-level-packed-scales": QuantSpec("int4", per_group(2), symmetric=False, scale=QuantSpec("int4", per_group(3))),
     "three-level": QuantSpec("nf4", per_group(2), scale=QuantSpec("int8", per_channel(0), scale=QuantSpec("int8"))),
@@ -27,11 +29,11 @@ SPECS = {
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-@pytest.mark.parametrize("indices", [[3], [0, 9, 3, 3], [[1, 2, 3], [9, 9, 0]], [[[5]]]], ids=str)
+@pytest.mark.parametrize("indices", [[3], [0, 9, 3, 3], [[1, 2, 3], [9, 9, 0]], [[[5]]], [], [[], []]], ids=str)
 def test_rows_are_those_of_the_dequantized_table(spec: QuantSpec, indices: list[object]) -> None:
     torch.manual_seed(0)
     table = quantize(torch.randn(10, 11) * torch.rand(10, 1), spec)
-    wanted = torch.tensor(indices)
+    wanted = torch.tensor(indices, dtype=torch.int64)
     values = embedding(wanted, table)
     assert values.dtype == torch.float32
     assert torch.equal(values, dequantize(table)[wanted])

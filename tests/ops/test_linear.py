@@ -99,6 +99,13 @@ def test_long_sums_of_the_largest_codes_are_exact(depth: int) -> None:
     assert linear(x, weight, None, QuantSpec("int8", PER_TOKEN)).tolist() == [[float(torch.tensor(float(exact)))] * 2]
 
 
+def test_sums_beyond_int32_do_not_overflow() -> None:
+    x = torch.ones(1, 40_000)  # 40,000 products of up to 255 * 255
+    weight = quantize(torch.cat([x, 0 * x]), QuantSpec("uint8", PER_TENSOR, symmetric=False))
+    y = linear(x, weight, None, QuantSpec("uint8", PER_TOKEN, symmetric=False))
+    torch.testing.assert_close(y, torch.tensor([[40_000.0, 0.0]]))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 0), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize("spec", [None, INPUTS["token"], INPUTS["tensor"], INPUTS["groups"]], ids=str)
 def test_any_number_of_leading_axes(shape: tuple[int, ...], spec: QuantSpec | None) -> None:
@@ -151,6 +158,18 @@ def test_gradients_are_those_of_the_float_layer(
     torch.testing.assert_close(of_bias, slope.reshape(-1, ROWS).sum(0))
 
 
+@pytest.mark.parametrize("spec", [INPUTS["tensor"], INPUTS["token-asymmetric"]], ids=["tensor", "token-asymmetric"])
+def test_gradients_of_integer_products_that_are_no_operator(spec: QuantSpec) -> None:
+    x, weight, bias = operands(WEIGHTS["int8-rows"])
+    x.requires_grad_()
+    bias.requires_grad_()
+    y = linear(x, weight, bias, spec)
+    slope = torch.randn_like(y)
+    of_x, of_bias = torch.autograd.grad(y, (x, bias), slope)
+    torch.testing.assert_close(of_x, slope @ dequantize(weight))
+    torch.testing.assert_close(of_bias, slope.reshape(-1, ROWS).sum(0))
+
+
 @pytest.mark.parametrize("shape", [(4,), (2, 3)], ids=["2-D", "3-D"])
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no-bias"])
 @pytest.mark.parametrize("weight_spec", OPERATOR_WEIGHTS.values(), ids=OPERATOR_WEIGHTS.keys())
@@ -187,8 +206,8 @@ class Layer(nn.Module):
     [
         *((name, None) for name in ("int8-rows", "int4-groups-asymmetric", "nf4-groups")),
         *((name, "token") for name in ("int8-rows", "int4-groups-asymmetric", "nf4-groups")),
-        *((name, "tensor") for name in ("int8-rows", "nf4-groups")),
-        *((name, "token-asymmetric") for name in ("int8-rows", "nf4-groups")),
+        *((name, "tensor") for name in ("int8-rows", "int4-groups", "nf4-groups")),
+        *((name, "token-asymmetric") for name in ("int8-rows", "int4-groups", "nf4-groups")),
     ],
 )
 def test_an_exported_layer_gives_equal_results(name: str, spec: str | None) -> None:

@@ -134,3 +134,15 @@ def test_missing_and_invalid_files(tmp_path: Path) -> None:
     file.write_text('name = "x"')
     with pytest.raises(PlanError, match=r"bad.toml: key 'rules' is missing"):
         load_recipe(file)
+
+
+def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
+    file = tmp_path / "latin.toml"
+    file.write_bytes('name = "caf\xe9"\n'.encode("latin-1"))
+    with pytest.raises(PlanError, match=r"latin.toml: "):
+        load_recipe(file)
+
+
+def test_exclude_takes_one_pattern_as_it_is() -> None:
+    recipe = load_recipe(Recipe("test", (Rule("*", INT8),)), "head")
+    assert [rule.pattern for rule in recipe.rules] == ["head", "*"]

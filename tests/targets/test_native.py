@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 import fewbit
 from fewbit import PER_TOKEN, CheckpointError, PlanError, QuantSpec, Recipe, Rule, Scheme, per_channel, per_group
@@ -224,6 +225,17 @@ def test_all_kinds_of_weights(spec: QuantSpec, tmp_path: Path) -> None:
     quantized = fewbit.quantize(model, Recipe("test", (Rule("*", Scheme(spec)),)))
     loaded = fewbit.load(fewbit.save(quantized, tmp_path), model)
     assert_same(loaded, quantized, torch.randn(2, 5, 16))
+
+
+def test_parametrized_layers(tmp_path: Path) -> None:
+    def normed() -> nn.Module:
+        return nn.Sequential(*(parametrizations.weight_norm(nn.Linear(16, 16)) for _ in range(2))).eval()
+
+    torch.manual_seed(0)
+    quantized = fewbit.quantize(normed(), ALL)
+    loaded = fewbit.load(fewbit.save(quantized, tmp_path), normed())
+    assert_same(loaded, quantized, torch.randn(3, 16))
+    assert not torch.equal(loaded.get_buffer("0.weight_packed"), loaded.get_buffer("1.weight_packed"))
 
 
 def test_a_model_that_is_one_layer(tmp_path: Path) -> None:
@@ -492,7 +504,7 @@ def test_changed_plans_raise_nothing_but_checkpoint_errors(kind: str, tmp_path: 
     good = json.loads((folder / "plan.json").read_text())
     chance = random.Random(0)
     values = ["delete", None, True, -1, 10**30, 0.5, "x", [], {}, [[]], {"x": 1}]
-    paths = [path for path in paths_in(good) if path[:1] != ("ties",) and path[:2] != ("recipe", "transforms")]
+    paths = paths_in(good)
     refused = 0
     for turn in range(250):
         path = paths[turn % len(paths)]
@@ -528,6 +540,35 @@ def test_changed_headers_raise_nothing_but_checkpoint_errors(saved: tuple[Path, 
         load_or_refuse(folder, model)
     path.write_bytes(good)
     assert load_or_refuse(folder, model)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("recipe", "transforms"), [[]], r"plan.json: plan.recipe"),
+        (("recipe", "transforms"), [1], r"plan.json: plan.recipe"),
+        (("ties",), [1], r"plan.json: plan.ties\[0\]: found 1, needs a list of names"),
+        (("ties",), [[1]], r"plan.json: plan.ties\[0\]: found \[1\], needs a list of names"),
+    ],
+    ids=str,
+)
+def test_a_signed_plan_of_wrong_types(
+    saved: tuple[Path, nn.Module, nn.Module], path: tuple[str, ...], value: Any, message: str
+) -> None:
+    folder, model, _ = saved
+    file = folder / "plan.json"
+    file.write_text(json.dumps(mutated(json.loads(file.read_text()), path, value)))
+    sign_plan(folder)
+    with pytest.raises(CheckpointError, match=message):
+        fewbit.load(folder, model)
+
+
+def test_a_signed_plan_that_is_not_utf8(saved: tuple[Path, nn.Module, nn.Module]) -> None:
+    folder, model, _ = saved
+    (folder / "plan.json").write_bytes(b'{"version": "\xff"}')
+    sign_plan(folder)
+    with pytest.raises(CheckpointError, match=r"plan.json: not UTF-8 text"):
+        fewbit.load(folder, model)
 
 
 def test_deeply_nested_plan(saved: tuple[Path, nn.Module, nn.Module]) -> None:

@@ -193,8 +193,9 @@ def test_without_calibration_the_reason_says_so() -> None:
 
 def test_quantized_model_is_folded_and_the_float_model_is_not(cnn: nn.Module, images: list[Tensor]) -> None:
     before = copy.deepcopy(cnn.state_dict())
-    quantized = fewbit.quantize(cnn, "int8-static", images)
+    quantized = fewbit.quantize(cnn.train(), "int8-static", images)
     assert fewbit.plan_of(quantized).transforms["fold_batch_norm"] == [["conv1", "norm1"], ["conv2", "norm2"]]
     assert isinstance(quantized.get_submodule("norm1"), nn.Identity)
+    assert not any(module.training for module in quantized.modules())
     assert isinstance(cnn.get_submodule("norm1"), nn.BatchNorm2d)
     assert all(torch.equal(value, before[name]) for name, value in cnn.state_dict().items())

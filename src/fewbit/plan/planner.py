@@ -63,7 +63,7 @@ def _decide(name: str, module: nn.Module, kind: str, recipe: Recipe) -> Site | s
         return refusal
     rule = next((rule for rule in recipe.rules if rule.matches(name, kind)), None)
     if rule is None:
-        return f"recipe {recipe.name!r} has no rule for {kind}"
+        return f"no rule for {kind}"
     if rule.scheme is None:
         return f"excluded by {rule.pattern!r}"
     shapes = {key: tuple(matrix.shape) for key, matrix in layer.matrices(module).items()}

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from fewbit.errors import FewbitError
+from fewbit.report.figures import drops
 
 
 def write_report(data: Mapping[str, Any], path: str | Path) -> Path:
@@ -20,7 +21,7 @@ def write_report(data: Mapping[str, Any], path: str | Path) -> Path:
         loader=jinja2.PackageLoader("fewbit", "report"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     try:
-        text = environment.get_template("report.html").render(**data)
+        text = environment.get_template("report.html").render(**data, drops=drops)
     except jinja2.UndefinedError as error:
         raise FewbitError(f"not the report of an answer or a comparison: {error}.") from None
     return write_text(path, text)
