@@ -38,6 +38,7 @@ def doctor() -> None:
     table.add_row("cores", f"{machine.cores}, {machine.threads} threads used by torch")
     table.add_row("memory", f"{machine.memory / 2**30:.1f} GiB")
     table.add_row("accelerator", machine.accelerator)
+    table.add_row("kernels", "plain-torch reference: exact, usually slower than float")
     table.add_row("system", machine.system)
     for name, version in machine.versions.items():
         table.add_row(name, version)

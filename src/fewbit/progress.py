@@ -11,6 +11,7 @@ from rich.progress import Progress
 
 T = TypeVar("T")
 PATIENCE = 2.0  # seconds before a bar appears
+_open: list[Progress] = []  # loops inside loops share one display: a terminal shows only one at a time
 
 
 def progress(items: Iterable[T], what: str) -> Iterator[T]:
@@ -19,11 +20,18 @@ def progress(items: Iterable[T], what: str) -> Iterator[T]:
     if not console.is_terminal:
         yield from items
         return
-    total = len(items) if isinstance(items, Sized) else None
+    display = _open[0] if _open else Progress(console=console, transient=True)
+    _open.append(display)
+    task = display.add_task(what, total=len(items) if isinstance(items, Sized) else None, visible=False)
     start = time.monotonic()
-    with Progress(console=console, transient=True, disable=False) as bar:
-        task = bar.add_task(what, total=total, visible=False)
+    try:
         for done, item in enumerate(items):
             if time.monotonic() - start > PATIENCE:
-                bar.update(task, completed=done, visible=True)
+                display.start()
+                display.update(task, completed=done, visible=True)
             yield item
+    finally:
+        display.remove_task(task)
+        _open.pop()
+        if not _open:
+            display.stop()
