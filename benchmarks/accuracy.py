@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Recorder, example, kl_and_flips, write
 from torch import Tensor, nn
 
 import fewbit
+from measure import Recorder, example, kl_and_flips, write
 
 # Example: metric, factor for people, the most that may be lost in its units
 EXAMPLES = {
@@ -119,9 +119,7 @@ def onnxruntime_static(task: fewbit.Task, reduce_range: bool) -> nn.Module:
             external_data=False,
         )
         quant_pre_process(float_file, ready, skip_symbolic_shape=True)
-        quantize_static(
-            ready, int8_file, Reader(), QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range
-        )
+        quantize_static(ready, int8_file, Reader(), QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range)
         return Session(int8_file)
 
 

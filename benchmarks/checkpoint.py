@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import example, write
 from safetensors.torch import load_file, save_file
 
 import fewbit
 from fewbit.batches import to_call
 from fewbit.targets import saved_bytes, tensor_bytes
 from fewbit.verify.outputs import main_output
+from measure import example, write
 
 EXAMPLES = {
     "fashion_mnist": "int8-static",

@@ -13,10 +13,9 @@ import sys
 import tempfile
 import time
 
-from measure import example, write
-
 import fewbit
 from fewbit.targets import saved_bytes, tensor_bytes
+from measure import example, write
 
 
 def resident() -> int:

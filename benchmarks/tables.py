@@ -1,6 +1,6 @@
 """Write the measured figures into the documents: what stands between <!-- table:NAME --> and <!-- end --> is replaced.
 
-    python benchmarks/tables.py [--check]     --check changes nothing and fails if a document is out of date
+python benchmarks/tables.py [--check]     --check changes nothing and fails if a document is out of date
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def rendered(name: str) -> str:
     head, *body = TABLES[name](data["rows"])
     lines = [head, ["---"] * len(head), *body]
     machine = data["machine"]
-    note = f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['features'])}); torch {machine['versions']['torch']}"
+    features = ", ".join(machine["features"])
+    note = f"{machine['cpu']}, {machine['cores']} cores ({features}); torch {machine['versions']['torch']}"
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}. `benchmarks/results/{name}.json`"
 
 

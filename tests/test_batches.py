@@ -50,6 +50,7 @@ def same(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         (One(), (X, LABELS), (X,), {}),
         (One(), [X, LABELS], (X,), {}),
         (Two(), (X, LABELS), (X, LABELS), {}),
+        (Two(), [X, LABELS], (X,), {}),
         (Two(), (X, X, LABELS), (X, X), {}),
         (One(), {"x": X}, (), {"x": X}),
         (One(), OrderedDict(x=X), (), {"x": X}),

@@ -223,7 +223,7 @@ def test_numbers_and_files_that_cannot_be_used_are_one_line(
     recipe.write_bytes(b'name = "caf\xe9"')
     cases = [
         (("auto", task, "--max-drop", -1, "--out", tmp_path / "out"), "max_drop: found -1"),
-        (("auto", task, "--max-drop", 0.9, "--out", file / "x"), "cannot be written"),
+        (("auto", task, "--max-drop", 0.9, "--out", file / "x"), "cannot be made"),
         (("quantize", task, "--recipe", recipe, "--out", tmp_path / "out"), "latin.toml: "),
     ]
     for arguments, message in cases:
@@ -243,4 +243,4 @@ def test_compare_shows_its_figures_even_if_they_cannot_be_written(
     output = capsys.readouterr()
     assert caught.value.code == 1 and "SQNR" in output.out
     [line] = output.err.splitlines()
-    assert line.startswith("fewbit: ") and "x.json: cannot be written" in line
+    assert line.startswith("fewbit: ") and "file: cannot be made" in line

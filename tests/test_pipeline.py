@@ -288,8 +288,8 @@ def test_quantized_layers_of_a_quantized_model_keep_what_was_frozen() -> None:
     assert not quantized.get_parameter("0.bias").requires_grad and quantized.get_parameter("1.bias").requires_grad
 
 
-def test_quantizing_a_quantized_model_finds_nothing(mlp: nn.Module) -> None:
-    with pytest.raises(PlanError, match="nothing"):
+def test_a_quantized_model_is_not_quantized_again(mlp: nn.Module) -> None:
+    with pytest.raises(PlanError, match="quantized already"):
         fewbit.quantize(fewbit.quantize(mlp, ALL), ALL)
 
 

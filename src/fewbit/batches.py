@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,10 @@ def calls(model: nn.Module, batches: Any) -> Iterator[Call]:
     """Each batch as the arguments of ``model``'s forward.
 
     A tensor is the one argument, a tuple or list are positional arguments, a mapping keyword arguments. What a data loader
-    adds for training is dropped where forward does not take it: a last element beyond forward's parameters, and entries of
-    a mapping named as in LABELS. CalibrationError if there is no batch, or a batch cannot be the arguments of forward.
+    adds for training is dropped where forward does not take it: a last element beyond forward's parameters; in a list, which
+    is what a DataLoader makes, also a last element of one integer an example, if forward has another optional parameter in
+    that place; entries of a mapping named as in LABELS.
+    CalibrationError if there is no batch, or a batch cannot be the arguments of forward.
     """
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise CalibrationError(
@@ -62,9 +64,9 @@ def to_call(model: nn.Module, batch: Any, where: str) -> Call:
         call = Call((), kwargs)
     elif isinstance(batch, (tuple, list)):
         call = Call(tuple(batch), {})
-        if len(batch) > 1 and not _binds(signature, call):
-            without_label = Call(tuple(batch[:-1]), {})
-            call = without_label if _binds(signature, without_label) else call
+        without_label = Call(tuple(batch[:-1]), {})
+        if _binds(signature, without_label) and (not _binds(signature, call) or _ends_in_labels(signature, batch)):
+            call = without_label
     elif isinstance(batch, Tensor):
         call = Call((batch,), {})
     else:
@@ -111,6 +113,19 @@ def _binds(signature: inspect.Signature, call: Call) -> bool:
     except TypeError:
         return False
     return True
+
+
+def _ends_in_labels(signature: inspect.Signature, batch: Sequence[Any]) -> bool:
+    """Whether the last of several elements is one integer an example, for a parameter that is not named for labels."""
+    if (
+        isinstance(batch, tuple)
+        or len(batch) < 2
+        or not all(isinstance(x, Tensor) and x.dim() > 0 for x in (batch[0], batch[-1]))
+    ):
+        return False
+    integers = not batch[-1].is_floating_point() and batch[-1].shape == batch[0].shape[:1] and batch[0].dim() > 1
+    bound = list(signature.bind(*batch).arguments)
+    return integers and bound[-1] not in LABELS
 
 
 def _describe(value: Any) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 import fewbit
 from fewbit.errors import EvaluationError, FewbitError
-from fewbit.report import write_report, write_text
+from fewbit.report import make_folder, write_report, write_text
 from fewbit.search.answer import FLOAT
 from fewbit.targets import saved_bytes
 
@@ -72,6 +72,7 @@ def auto(
     task = fewbit.load_task(source)
     if task.evaluate is None:
         raise EvaluationError(f"{source}: auto needs a task with an evaluate function.")
+    make_folder(out)  # before the search: its result must not be lost
     answer = fewbit.autoquantize(
         task.model,
         calibration=task.calibration,
@@ -147,5 +148,5 @@ def main() -> None:
     try:
         app()
     except FewbitError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"fewbit: {error}", markup=False)
+        Console(stderr=True, highlight=False, soft_wrap=True).print("fewbit:", *str(error).split(), markup=False)
         sys.exit(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from fewbit.batches import Call, calls, run
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
@@ -41,6 +42,8 @@ def quantize(
     Raises PlanError (recipe or weights), CalibrationError (data), UnsupportedError (a model that cannot be copied).
     """
     recipe = load_recipe(recipe, exclude)
+    if next(sites_of(model), None) is not None:
+        raise PlanError(f"this {type(model).__name__} is quantized already: quantize the float model it came from.")
     if recipe.needs_calibration and calibration is None:
         raise CalibrationError(f"recipe {recipe.name!r} fixes input ranges: it needs calibration batches.")
     batches = None if calibration is None else calls(model, calibration)
@@ -55,7 +58,8 @@ def quantize(
         and first is not None
         and any(_observers(site, twin.get_submodule(name)) for name, site in plan.sites.items())
     ):
-        statistics = calibrate(twin, plan, itertools.chain([first], batches))
+        # On a twin of its own: modules may count their calls or keep what they saw.
+        statistics = calibrate(_twin(twin), plan, itertools.chain([first], batches))
         plan = _without_unreached(plan, statistics, twin)
     twin = _swap(twin, plan, _quantized_weights(twin, plan, statistics), _input_grids(plan, statistics))
     _unshare(twin, model)
@@ -100,7 +104,7 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
             found = type(modules[name]).__name__ if name in modules else "no such layer"
             raise PlanError(f"plan.sites.{name}: needs a {site.type}, found {found} in this {type(model).__name__}.")
         shapes = {k: tuple(m.shape) for k, m in LAYERS[qualified_name(cls)].matrices(modules[name]).items()}
-        if shapes != dict(site.weights):
+        if not site.weights or any(shapes.get(key) != shape for key, shape in site.weights.items()):
             raise PlanError(f"plan.sites.{name}: needs weights {dict(site.weights)}, found {shapes}.")
     weights = {
         name: {key: empty(shape, site.scheme.weight) for key, shape in site.weights.items()}
@@ -122,7 +126,7 @@ def calibrate(model: nn.Module, plan: Plan, batches: Iterable[Call]) -> Statisti
 
     def watch(name: str, observers: dict[str, Observer]) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
             if x.numel() and not all(bool(end.isfinite()) for end in x.aminmax()):
                 raise CalibrationError(f"calibration batch {current}: the input of {name!r} has a NaN or an infinity.")
             states = statistics.setdefault(name, {key: observer.init() for key, observer in observers.items()})
@@ -149,6 +153,8 @@ def calibrate(model: nn.Module, plan: Plan, batches: Iterable[Call]) -> Statisti
 
 def _twin(model: nn.Module) -> nn.Module:
     """A copy of the model in eval mode that shares its parameters, so that the weights are not in memory twice."""
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise UnsupportedError(f"{type(model).__name__} has lazy layers without weights: run it on one batch first.")
     # A table with max_norm is written to in forward.
     written = {id(p) for m in model.modules() if getattr(m, "max_norm", None) is not None for p in m.parameters()}
     shared = {id(parameter): parameter for parameter in model.parameters() if id(parameter) not in written}
@@ -184,7 +190,9 @@ def _find_transforms(
         topology: Topology | str | None = None
         if transform.needs_graph:
             topology = (
-                "it needs a calibration batch" if first is None else read_topology(twin, first.args, first.kwargs)
+                "it needs a calibration batch"
+                if first is None
+                else read_topology(_twin(twin), first.args, first.kwargs)
             )
         if isinstance(topology, str):
             unread[f"transform {name}"] = topology
@@ -236,6 +244,8 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> d
             importance = layer.importance(module, SecondMoment().mean(state))
         result[name] = {}
         for key, matrix in layer.matrices(module).items():
+            if key not in site.weights:
+                continue
             parameter = module._parameters.get(key)  # None for a parametrized weight, which is computed
             if parameter is not None and parameter in done:
                 result[name][key] = done[parameter]

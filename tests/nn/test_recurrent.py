@@ -46,7 +46,7 @@ def pair(cls: type[nn.Module], settings: dict[str, Any]) -> tuple[nn.Module, Qua
     module = copy.deepcopy(module)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if name.startswith("weight"):
+            if f"{name}_packed" in layer.state_dict():  # a small share of the weights stays float
                 parameter.copy_(dequantize(layer.qtensor(name)))
     return module, layer
 

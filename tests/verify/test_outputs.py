@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewbit import CalibrationError
+from fewbit import CalibrationError, UnsupportedError
 from fewbit.batches import Call
 from fewbit.verify import output_error
 from fewbit.verify.outputs import Noise, main_output
@@ -89,7 +89,7 @@ def test_main_output(output: Any, logits: bool) -> None:
 
 @pytest.mark.parametrize("output", ["text", None, {}, (), {"text": "x"}], ids=str)
 def test_no_tensor_is_an_error(output: Any) -> None:
-    with pytest.raises(TypeError, match="not a tensor"):
+    with pytest.raises(UnsupportedError, match="no float tensor"):
         main_output(output)
 
 

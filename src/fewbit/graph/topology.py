@@ -18,6 +18,7 @@ class Call:
 
     operator: str  # aten's name without overload: "conv2d", "batch_norm", "linear"
     module: str  # the module that owns its weight
+    alone: bool  # in that module's own forward, and nothing else reads the parameters
     feeds: tuple[Call | None, ...]  # the calls that read its result; None for any other reader
 
 
@@ -51,7 +52,8 @@ def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     for node in reversed(program.graph.nodes):
         owner = _owner(node, owners)
         if owner is not None:
-            calls[node] = Call(_operator(node), owner, tuple(calls.get(user) for user in node.users))
+            feeds = tuple(calls.get(user) for user in node.users)
+            calls[node] = Call(_operator(node), owner, _is_alone(node, owner, owners), feeds)
     return Topology(tuple(reversed(calls.values())))
 
 
@@ -67,3 +69,9 @@ def _owner(node: Node, owners: dict[str, str]) -> str | None:
         if isinstance(argument, Node) and argument.name in owners:
             return owners[argument.name].rpartition(".")[0]
     return None
+
+
+def _is_alone(node: Node, owner: str, owners: dict[str, str]) -> bool:
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    parameters = [argument for argument in node.args if isinstance(argument, Node) and argument.name in owners]
+    return bool(stack) and stack[-1][0] == owner and all(len(parameter.users) == 1 for parameter in parameters)

@@ -46,8 +46,8 @@ class Conv(QuantizedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight dequantized to float32, for code that reads it. Read only: a change to it is lost."""
-        return self.geometry.weight(dequantize(self.qtensor()))
+        """The weight dequantized, for code that reads it. Read only: a change to it is lost."""
+        return self.geometry.weight(dequantize(self.qtensor(), self.dtype))
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         geometry = self.geometry

@@ -30,7 +30,6 @@ class Table(QuantizedLayer):
     def _adopt(self, module: nn.Module) -> None:
         settings: Any = module
         self.num_embeddings, self.embedding_dim = self._shapes["weight"]
-        self.dtype: torch.dtype = settings.weight.dtype
         self.padding_idx: int | None = settings.padding_idx
         if isinstance(module, nn.EmbeddingBag):
             self.mode: str = settings.mode
@@ -40,11 +39,6 @@ class Table(QuantizedLayer):
     def weight(self) -> Tensor:
         """The table dequantized, for code that reads it. Read only: a change to it is lost."""
         return dequantize(self.qtensor(), self.dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Table:
-        super()._apply(fn, recurse)
-        self.dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
-        return self
 
 
 class Embedding(Table):

@@ -37,6 +37,9 @@ class QuantizedLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme = scheme
+        self.dtype: torch.dtype = next(
+            iter(self.matrices(module).values())
+        ).dtype  # that code sees which reads a weight
         self._shapes = {name: weight.shape for name, weight in weights.items()}
         for name, weight in weights.items():
             self._store(name, weight)
@@ -117,6 +120,7 @@ class QuantizedLayer(nn.Module):
             moved = self._buffers[name]
             if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
+        self.dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
         return self
 
 
@@ -125,4 +129,4 @@ def input_placeholder(spec: QuantSpec | None) -> tuple[Tensor, Tensor | None] | 
     if spec is None or not spec.is_static:
         return None
     zero_point = None if spec.symmetric else torch.empty(1, dtype=spec.number.dtype, device="meta")
-    return torch.empty(1, device="meta"), zero_point
+    return torch.empty(1, dtype=torch.float32, device="meta"), zero_point

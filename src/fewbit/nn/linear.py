@@ -30,8 +30,8 @@ class Linear(QuantizedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight dequantized to float32, for code that reads it. Read only: a change to it is lost."""
-        return dequantize(self.qtensor())
+        """The weight dequantized, for code that reads it. Read only: a change to it is lost."""
+        return dequantize(self.qtensor(), self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.qtensor(), self.bias, self.scheme.input, self.input_scale, self.input_zero_point)

@@ -18,6 +18,7 @@ from fewbit.ops import linear
 from fewbit.qtensor import QTensor
 
 States = tuple[Tensor, ...]
+Weights = dict[str, QTensor | Tensor]  # without the suffix of layer and direction
 
 
 class Recurrent(QuantizedLayer):
@@ -40,7 +41,7 @@ class Recurrent(QuantizedLayer):
         self.bidirectional: bool = settings.bidirectional
         self.dropout: float = settings.dropout
         for name, parameter in module.named_parameters(recurse=False):
-            if not name.startswith("weight"):
+            if name not in self._shapes:  # biases, and weights that stay float
                 self.register_parameter(name, parameter)
 
     @property
@@ -49,7 +50,7 @@ class Recurrent(QuantizedLayer):
         """The sizes of the states: the output first."""
 
     @abstractmethod
-    def _step(self, gates: Tensor, states: States, suffix: str, weights: dict[str, QTensor]) -> States:
+    def _step(self, gates: Tensor, states: States, suffix: str, weights: Weights) -> States:
         """The next states ``[rows, size]``, from the input's share of the gates ``[rows, gates]``, bias included."""
 
     def flatten_parameters(self) -> None:
@@ -109,8 +110,12 @@ class Recurrent(QuantizedLayer):
 
     def _scan(self, data: Tensor, sizes: list[int], states: States, suffix: str) -> tuple[Tensor, States]:
         """One layer in one direction: outputs ``[sum(sizes), size]`` and the last states of each sequence."""
-        names = [name for name in self._shapes if name.endswith(suffix)]
-        weights = {name.removesuffix(suffix): self.qtensor(name) for name in names}
+        names = [name for name in (*self._shapes, *self._parameters) if name.endswith(suffix)]
+        weights: Weights = {
+            name.removesuffix(suffix): self.qtensor(name) if name in self._shapes else self.get_parameter(name)
+            for name in names
+            if name.startswith("weight")
+        }
         gates = self._product(data, weights["weight_ih"], self._bias(f"bias_ih{suffix}"))
         outputs: list[Tensor] = []
         steps = list(zip(gates.split(sizes), sizes, strict=True))
@@ -126,7 +131,9 @@ class Recurrent(QuantizedLayer):
     def _bias(self, name: str) -> Tensor | None:
         return self.get_parameter(name) if self.bias else None
 
-    def _product(self, x: Tensor, weight: QTensor, bias: Tensor | None) -> Tensor:
+    def _product(self, x: Tensor, weight: QTensor | Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, Tensor):
+            return torch.nn.functional.linear(x, weight, bias)
         return linear(x, weight, bias, self.scheme.input)
 
     def extra_repr(self) -> str:
@@ -140,7 +147,7 @@ class LSTM(Recurrent):
     def _state_sizes(self) -> tuple[int, ...]:
         return (self.proj_size or self.hidden_size, self.hidden_size)
 
-    def _step(self, gates: Tensor, states: States, suffix: str, weights: dict[str, QTensor]) -> States:
+    def _step(self, gates: Tensor, states: States, suffix: str, weights: Weights) -> States:
         h, c = states
         gates = gates + self._product(h, weights["weight_hh"], self._bias(f"bias_hh{suffix}"))
         i, f, g, o = gates.chunk(4, 1)
@@ -156,7 +163,7 @@ class GRU(Recurrent):
     def _state_sizes(self) -> tuple[int, ...]:
         return (self.hidden_size,)
 
-    def _step(self, gates: Tensor, states: States, suffix: str, weights: dict[str, QTensor]) -> States:
+    def _step(self, gates: Tensor, states: States, suffix: str, weights: Weights) -> States:
         [h] = states
         recurrent = self._product(h, weights["weight_hh"], self._bias(f"bias_hh{suffix}"))
         r, z, n = gates.chunk(3, 1)

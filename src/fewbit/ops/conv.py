@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.ops.reference import EXACT, LARGEST_SUM, integer_input, integer_values, largest_code
+from fewbit.ops.reference import EXACT, LARGEST_SUM, exactly, integer_input, integer_values, largest_code
 from fewbit.qtensor import QTensor, dequantize, fake_quantize, straight_through
 from fewbit.spec import QuantSpec, per_channel
 
@@ -121,7 +121,8 @@ def conv(
         return geometry(x, geometry.weight(dequantize(weight, x.dtype)), bias)
     values, scale = integer_input(x.detach(), spec, scale, zero_point)
     weights = geometry.weight(integer_values(weight.codes, weight.zero_point, 0))
-    sums = integer_conv(values, weights, bound, geometry)
+    with exactly(x):
+        sums = integer_conv(values, weights, bound, geometry)
     channels = (-1,) + (1,) * geometry.dims
     y = sums.to(torch.float32) * scale.reshape(()) * weight.scale_values.reshape(channels)
     y = (y if bias is None else y + bias.reshape(channels)).to(x.dtype)

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbit.ops.reference import has_integer_product, integer_input, integer_linear, integer_values, largest_code
+from fewbit.ops.reference import (
+    exactly,
+    has_integer_product,
+    integer_input,
+    integer_linear,
+    integer_values,
+    largest_code,
+)
 from fewbit.qtensor import QTensor, dequantize, fake_quantize, straight_through
 from fewbit.spec import PER_TOKEN, Granularity, QuantSpec, per_channel, per_group
 
@@ -70,7 +77,8 @@ def integer_products(
     values, scale = integer_input(rows, spec, scale, zero_point)
     weights = integer_values(weight.codes, weight.zero_point, weight.spec.granularity.group_size)
     bound = largest_code(spec) * largest_code(weight.spec)
-    y = integer_linear(values, scale, weights, weight.scale_values, group, bound)
+    with exactly(x):
+        y = integer_linear(values, scale, weights, weight.scale_values, group, bound)
     if bias is not None:
         y = y + bias
     return y.to(x.dtype).reshape(*x.shape[:-1], len(weight.packed))

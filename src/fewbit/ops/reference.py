@@ -7,6 +7,8 @@ integer matmul on CPUs is either slow or saturates.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,14 @@ from fewbit.spec import QuantSpec
 EXACT = 2**24  # every integer up to this is a float32
 LARGEST_SUM = 2**31 - 1  # of an int32 accumulator
 GROUP_PIECE = 2**14  # output channels times groups whose products are held at once
+
+
+def exactly(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """A context in which float32 products are float32: autocast would round the codes to 16 bits."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def largest_code(spec: QuantSpec) -> int:

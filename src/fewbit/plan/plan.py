@@ -92,7 +92,9 @@ class Plan:
 
     def summary(self) -> str:
         """Two or more lines: how much is quantized, and what is skipped for which reason."""
-        total = len(self.sites) + len(self.skipped)
+        # A transform, and one of several weights of a site, are skipped too but are no layers.
+        layers = [n for n in self.skipped if not n.startswith("transform ") and n.rpartition(".")[0] not in self.sites]
+        total = len(self.sites) + len(layers)
         lines = [f"quantized {len(self.sites)} of {total} layers, {100 * self.share:.1f} % of the weights"]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():

@@ -13,6 +13,10 @@ from fewbit.plan.plan import Plan, Site, header_bytes
 from fewbit.plan.recipe import Recipe, Rule
 from fewbit.spec import Scheme
 
+# A smaller share of a layer's weights stays float. There is nothing to gain by it, and in recurrent layers it is the matrix
+# that reads raw features, whose range may be beyond 8 bits while that of inner states is [-1, 1].
+SMALL_SHARE = 0.05
+
 
 def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     """Decide for every layer of ``model`` (its transforms applied). Needs no data and works on meta.
@@ -24,10 +28,15 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     _check_rules(recipe, kinds)
     sites: dict[str, Site] = {}
     skipped: dict[str, str] = {}
+    listed = _in_plain_containers(model)
     for name, module in candidates.items():
-        decision = _decide(name, module, kinds[name], recipe)
+        decision = _decide(name, module, kinds[name], recipe, listed)
         if isinstance(decision, Site):
             sites[name] = decision
+            for key in _layer(module).matrices(module):
+                if key not in decision.weights:
+                    reason = f"too small to gain: less than {100 * SMALL_SHARE:g} % of its layer's weights"
+                    skipped[f"{name}.{key}" if name else key] = reason
         else:
             skipped[name] = decision
     ties = _ties(candidates)
@@ -35,7 +44,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     if not sites:
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "it has no layer with a weight matrix"
         raise PlanError(f"recipe {recipe.name!r} quantizes nothing in this {type(model).__name__}: {reasons}.")
-    quantized = {id(matrix) for name in sites for matrix in candidates[name].parameters() if matrix.ndim > 1}
+    quantized = {id(parameter) for name, site in sites.items() for parameter in _replaced(candidates[name], site)}
     rest = {name: p for name, p in model.named_parameters() if id(p) not in quantized}
     kept = {**rest, **dict(model.named_buffers())}
     return Plan(
@@ -48,14 +57,19 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     )
 
 
-def _decide(name: str, module: nn.Module, kind: str, recipe: Recipe) -> Site | str:
+def _decide(name: str, module: nn.Module, kind: str, recipe: Recipe, listed: set[nn.Module]) -> Site | str:
     """The site, or why there is none."""
     cls = float_class(module)
     if cls is None:
         return f"unsupported type {kind}"
     layer = LAYERS[qualified_name(cls)]
-    if type(module).forward is not cls.forward:
-        return f"unsupported type {type(module).__name__}: it overrides {kind}.forward"
+    own = type(module)
+    if own.forward is not cls.forward or getattr(own, "_conv_forward", None) is not getattr(cls, "_conv_forward", None):
+        return f"unsupported type {own.__name__}: it overrides {kind}.forward"
+    if "forward" in vars(module):
+        return "its forward was replaced, which a quantized layer would lose"
+    if module in listed:
+        return "it is kept in a plain list or dict too, which would go on using the float layer"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has forward hooks, which a quantized layer would lose"
     refusal = layer.refuse(module)
@@ -73,7 +87,8 @@ def _decide(name: str, module: nn.Module, kind: str, recipe: Recipe) -> Site | s
     count = sum(math.prod(shape) for shape in shapes.values())
     if count < max(1, rule.min_weights):
         return f"too small to gain: fewer than {max(1, rule.min_weights)} weights"
-    return Site(kind, shapes, _fitted(name, kind, layer, rule))
+    kept = {key: shape for key, shape in shapes.items() if math.prod(shape) >= SMALL_SHARE * count}
+    return Site(kind, kept, _fitted(name, kind, layer, rule))
 
 
 def _fitted(name: str, kind: str, layer: type[QuantizedLayer], rule: Rule) -> Scheme:
@@ -95,7 +110,33 @@ def _check_rules(recipe: Recipe, kinds: dict[str, str]) -> None:
     for rule in recipe.rules:
         if not rule.optional and not any(rule.matches(name, kind) for name, kind in kinds.items()):
             allowed = {*kinds, *(f"type:{kind}" for kind in kinds.values())}
-            raise PlanError(f"a rule matches nothing: {unknown('pattern', rule.pattern, allowed)}")
+            inside = any(name.startswith(f"{rule.pattern}.") for name in kinds)
+            hint = f" For all layers inside write {rule.pattern + '.*'!r}." if inside else ""
+            raise PlanError(f"a rule matches nothing: {unknown('pattern', rule.pattern, allowed)}{hint}")
+
+
+def _replaced(module: nn.Module, site: Site) -> list[nn.Parameter]:
+    """The parameters that quantized weights take the place of, those of parametrizations among them."""
+    own = dict(module.named_parameters(recurse=False))
+    inner = [p for child in module.children() for p in child.parameters() if p.ndim > 1]
+    return inner + [own[key] for key in site.weights if key in own]
+
+
+def _in_plain_containers(model: nn.Module) -> set[nn.Module]:
+    """Layers that some module holds in a list, tuple or dict of its own: nobody can replace them there."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if not name.startswith("_") and isinstance(value, (list, tuple, dict)):
+                items = value.values() if isinstance(value, dict) else value
+                found.update(item for item in items if isinstance(item, nn.Module))
+    return found
+
+
+def _layer(module: nn.Module) -> type[QuantizedLayer]:
+    cls = float_class(module)
+    assert cls is not None
+    return LAYERS[qualified_name(cls)]
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -105,9 +146,9 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         known = float_class(module) is not None
         own = (p for p in module.parameters(recurse=False) if p.ndim > 1 and p.is_floating_point())
-        if known:
+        if known or isinstance(module, nn.MultiheadAttention):
             inside.update(child for child in module.modules() if child is not module)
-        if known or (module not in inside and next(own, None) is not None):
+        if module not in inside and (known or next(own, None) is not None):
             found[name] = module
     return found
 

@@ -30,9 +30,17 @@ def write_report(data: Mapping[str, Any], path: str | Path) -> Path:
 def write_text(path: str | Path, text: str) -> Path:
     """Write a file, and the folders above it; returns its path. FewbitError if it cannot be written."""
     path = Path(path)
+    make_folder(path.parent)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FewbitError(f"{path}: cannot be written: {error.strerror}.") from None
     return path
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder, and those above it. FewbitError if it cannot be made."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FewbitError(f"{path}: cannot be made: {error.strerror}. Give a folder that you may write to.") from None

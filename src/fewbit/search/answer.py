@@ -44,7 +44,7 @@ class Trial:
             "size": self.size,
             "scores": scores,
             "verdict": None if self.verdict is None else asdict(self.verdict),
-            "outputs": None if self.outputs is None else asdict(self.outputs),
+            "outputs": None if self.outputs is None else self.outputs.to_json(),
             "summary": None if self.plan is None else self.plan.summary(),
             "seconds": self.seconds,
             "problem": self.problem,
@@ -93,7 +93,7 @@ class Answer:
         """Write the chosen model as a checkpoint with report.json; the float model is not written, only the report is."""
         if self.chosen.recipe != FLOAT:
             return save(self.model, path, self.to_json())
-        return write_text(Path(path) / REPORT, json.dumps(self.to_json(), indent=1)).parent
+        return write_text(Path(path) / REPORT, json.dumps(self.to_json(), indent=1, allow_nan=False)).parent
 
     def report(self, path: str | Path) -> Path:
         """Write the answer as one self-contained HTML file; returns it."""

@@ -10,15 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fewbit.batches import evaluating, to_call
-from fewbit.errors import CalibrationError, FewbitError, PlanError
+from fewbit.batches import Call, evaluating, to_call
+from fewbit.errors import CalibrationError, FewbitError, PlanError, UnsupportedError
 from fewbit.hardware import probe
 from fewbit.pipeline import plan_of, quantize
 from fewbit.plan import Recipe, load_recipe
 from fewbit.progress import progress
 from fewbit.search.answer import FLOAT, Answer, Trial
 from fewbit.targets import tensor_bytes
-from fewbit.verify import Budget, judge, latencies, output_error, paired, scores_of
+from fewbit.verify import Budget, OutputError, judge, latencies, output_error, paired, scores_of
 
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight-only")
 
@@ -43,6 +43,12 @@ def autoquantize(
     """
     start = time.monotonic()
     chosen_recipes = [load_recipe(recipe) for recipe in recipes]
+    names = [FLOAT, *(recipe.name for recipe in chosen_recipes)]
+    for name in names:
+        if names.count(name) > 1:
+            raise PlanError(
+                f"recipes: {name!r} is the name of two; give each its own: dataclasses.replace(recipe, name=...)."
+            )
     if isinstance(calibration, Iterator):
         calibration = list(calibration)
     if example_inputs is None:
@@ -64,7 +70,7 @@ def autoquantize(
             trial, candidate = _try(model, recipe, calibration)
             if candidate is not None:
                 scores = paired(float_scores, scores_of(evaluate, candidate, recipe.name))
-                outputs = output_error(model, candidate, [call])
+                outputs = _output_error(model, candidate, call)
                 trial = replace(trial, scores=scores, outputs=outputs, seconds=time.monotonic() - began)
                 models[recipe.name] = candidate
             trials.append(trial)
@@ -97,6 +103,13 @@ def _try(model: nn.Module, recipe: Recipe, calibration: Any) -> tuple[Trial, nn.
     except FewbitError as error:
         raise type(error)(f"recipe {recipe.name!r}: {error}") from error
     return Trial(recipe.name, size=tensor_bytes(candidate), plan=plan_of(candidate)), candidate
+
+
+def _output_error(model: nn.Module, candidate: nn.Module, call: Call) -> OutputError | None:
+    try:
+        return output_error(model, candidate, [call])
+    except UnsupportedError:  # no tensor to compare: the scores say it all
+        return None
 
 
 def _choose(trials: list[Trial]) -> tuple[Literal["pass", "fail", "not_enough_data", "no_gain"], Trial]:

@@ -95,6 +95,7 @@ def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The distinct tensors by their first name, and the other names of each."""
     first: dict[int, str] = {}
+    storages: set[int] = set()
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, (_, _, tensor) in _slots(model).items():
@@ -102,15 +103,12 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             aliases[name] = first[id(tensor)]
             continue
         first[id(tensor)] = name
-        tensors[name] = (
-            tensor.detach().contiguous().clone() if _overlaps(tensor, tensors) else tensor.detach().contiguous()
-        )
+        tensors[name] = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        if storage in storages:  # safetensors takes no two views of one storage
+            tensors[name] = tensors[name].clone()
+        storages.add(storage)
     return tensors, aliases
-
-
-def _overlaps(tensor: Tensor, tensors: Mapping[str, Tensor]) -> bool:
-    storages = {other.untyped_storage().data_ptr() for other in tensors.values()}
-    return tensor.untyped_storage().data_ptr() in storages
 
 
 def _next(folder: Path, name: str) -> Path:

@@ -32,9 +32,13 @@ def find_batch_norms(model: nn.Module, topology: Topology) -> list[tuple[str, st
         following = call.feeds[0] if len(call.feeds) == 1 else None
         if following is None or following.operator != "batch_norm":
             continue
-        once = len(topology.calls_of(call.module)) == 1 and len(topology.calls_of(following.module)) == 1
-        layer, norm = modules.get(call.module), modules.get(following.module)
-        if not once or type(layer) not in FOLDABLE or not isinstance(norm, BATCH_NORM) or norm.running_mean is None:
+        alone = call.alone and following.alone
+        once = alone and len(topology.calls_of(call.module)) == 1 and len(topology.calls_of(following.module)) == 1
+        layer: Any = modules.get(call.module)
+        norm: Any = modules.get(following.module)
+        if not once or type(layer) not in FOLDABLE or type(norm) not in BATCH_NORM or norm.running_mean is None:
+            continue
+        if any(_is_watched(module) for module in (layer, norm)):
             continue
         # nn.Linear on [N, C, L] has its channels last, BatchNorm1d in the middle: then they are not each other's.
         if _channels(layer) == norm.num_features and not _is_shared(model, layer):
@@ -50,7 +54,12 @@ def fold_batch_norms(model: nn.Module, pairs: list[tuple[str, str]]) -> None:
         weight, bias = _folded(layer, norm)
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-        model.set_submodule(norm_name, nn.Identity().train(norm.training))
+        identity = nn.Identity().train(norm.training)
+        # One norm under two names is one norm.
+        for parent in model.modules():
+            for name, child in parent._modules.items():
+                if child is norm:
+                    parent._modules[name] = identity
 
 
 @torch.no_grad()
@@ -71,6 +80,11 @@ def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     else:
         factor = scale.reshape(-1, *(1,) * (weight.ndim - 1))
     return (weight.double() * factor).to(weight.dtype), bias.to(weight.dtype)
+
+
+def _is_watched(module: Any) -> bool:
+    """Whether someone changed or hooked this module's forward, which folding would lose."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _channels(layer: Any) -> int:

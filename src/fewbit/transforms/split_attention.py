@@ -51,6 +51,8 @@ class MultiheadAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask, which must be given with it.")
         batched = query.dim() == 3
         if not batched:
             query, key, value = (x.unsqueeze(0) for x in (query, key, value))
@@ -67,7 +69,6 @@ class MultiheadAttention(nn.Module):
             k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
             added += 1
         q, k, v = (x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in (q, k, v))
-        # As in torch, is_causal is a hint about attn_mask, which must be given with it.
         mask = self._mask(q, attn_mask, key_padding_mask, added)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -98,8 +99,12 @@ class MultiheadAttention(nn.Module):
 
 
 def find_attention(model: nn.Module) -> list[str]:
-    """The names of all torch.nn.MultiheadAttention in ``model``."""
-    return [name for name, module in model.named_modules() if type(module) is nn.MultiheadAttention]
+    """The names of all torch.nn.MultiheadAttention in ``model`` that nobody hooked."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.MultiheadAttention and not module._forward_hooks and not module._forward_pre_hooks
+    ]
 
 
 def split_attention(model: nn.Module, names: list[str]) -> nn.Module:

@@ -44,8 +44,8 @@ class Comparison:
         return {
             "recipe": self.recipe,
             "summary": self.summary,
-            "outputs": asdict(self.outputs),
-            "layers": [asdict(layer) for layer in self.layers],
+            "outputs": self.outputs.to_json(),
+            "layers": [layer.to_json() for layer in self.layers],
             "float_bytes": self.float_bytes,
             "quantized_bytes": self.quantized_bytes,
             "disk_bytes": self.disk_bytes,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewbit.batches import Call, run
 from fewbit.nn import QuantizedLayer
 from fewbit.pipeline import float_twin, plan_of, sites_of
-from fewbit.verify.outputs import Noise, main_output
+from fewbit.verify.outputs import Noise, finite, main_output
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class LayerError:
     sqnr: float
     weight_only: float
     input_only: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {key: finite(getattr(self, key)) for key in ("sqnr", "weight_only", "input_only")}
+        return {"name": self.name, "type": self.type, **figures}
 
 
 def layer_errors(model: nn.Module, quantized: nn.Module, batches: Iterable[Call]) -> list[LayerError]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.batches import Call, run
+from fewbit.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -22,21 +24,42 @@ class OutputError:
     kl: float | None
     agreement: float | None
 
+    def to_json(self) -> dict[str, float | None]:
+        return {"sqnr": finite(self.sqnr), "kl": finite(self.kl), "agreement": self.agreement}
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None for what JSON cannot hold."""
+    return value if value is not None and math.isfinite(value) else None
+
 
 def main_output(output: Any) -> tuple[Tensor, bool]:
     """The tensor to compare in a model's output, and whether it is logits.
 
-    A mapping's "logits", else its first tensor; a sequence's first. Two-dimensional float tensors count as logits.
+    A mapping's "logits", else the first float tensor anywhere in it. Two-dimensional ones count as logits.
+    UnsupportedError if there is none.
     """
-    if isinstance(output, Mapping):
-        if isinstance(output.get("logits"), Tensor):
-            return output["logits"], True
-        output = next((value for value in output.values() if isinstance(value, Tensor)), None)
-    while isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the model's output is a {type(output).__name__}, not a tensor, tuple or mapping of tensors.")
-    return output, output.dim() == 2 and output.shape[1] > 1
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"], True
+    found = next(_float_tensors(output), None)
+    if found is None:
+        raise UnsupportedError(f"the model's output, a {type(output).__name__}, has no float tensor to compare.")
+    return found, found.dim() == 2 and found.shape[1] > 1
+
+
+def _float_tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _float_tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _float_tensors(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from _float_tensors(getattr(output, field.name))
 
 
 class Noise:
@@ -47,8 +70,10 @@ class Noise:
         self.error = 0.0
 
     def add(self, exact: Tensor, approximate: Tensor) -> None:
-        self.signal += float(exact.double().square().sum())
-        self.error += float((approximate.double() - exact.double()).square().sum())
+        same = exact == approximate  # infinite ones too, where logits are masked
+        exact, approximate = exact.double(), approximate.double()
+        self.signal += float(torch.where(exact.isfinite(), exact, 0.0).square().sum())
+        self.error += float(torch.where(same, 0.0, approximate - exact).square().sum())
 
     @property
     def sqnr(self) -> float:
@@ -69,7 +94,7 @@ def output_error(model: nn.Module, quantized: nn.Module, batches: Iterable[Call]
         noise.add(exact, approximate)
         if logits:
             p, q = (torch.log_softmax(x.double(), -1).flatten(0, -2) for x in (exact, approximate))
-            kl += float((p.exp() * (p - q)).sum())
+            kl += float(torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum())
             agreement += float((p.argmax(-1) == q.argmax(-1)).sum())
             rows += len(p)
     return OutputError(noise.sqnr, kl / rows if rows else None, agreement / rows if rows else None)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fewbit.batches import evaluating
 from fewbit.errors import EvaluationError
 
 POWER = 0.8  # with which "how many more" would decide
@@ -94,7 +95,8 @@ def scores_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, what: str)
     EvaluationError if it raises, or returns anything but finite numbers.
     """
     try:
-        result = evaluate(model)
+        with evaluating(model):  # whatever mode evaluate leaves it in
+            result = evaluate(model)
     # evaluate is the user's: whatever it raises is about it.
     except Exception as error:
         raise EvaluationError(f"evaluate({what}) raised {type(error).__name__}: {error}") from error
