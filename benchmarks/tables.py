@@ -18,13 +18,12 @@ DOCUMENTS = ("README.md",)
 
 
 def accuracy(rows: list[dict[str, Any]]) -> list[list[str]]:
-    table = [["model", "metric", "", "score", "lost", "KL to float", "top-1 changed", "made in"]]
+    table = [["model", "metric", "", "score", "lost", "KL to float", "top-1 changed"]]
     for row in rows:
         flips = f"{row['flips']} of {row['images']}" if row.get("flips") is not None else ""
         kl = f"{row['KL']:.4f}" if row.get("KL") is not None else ""
         lost = f"{row['drop']:.4f}" if row.get("drop") is not None else ""
-        seconds = f"{row['seconds']:.1f} s" if row.get("seconds") is not None else ""
-        table.append([row["model"], row["metric"], row["what"], f"{row['score']:.4f}", lost, kl, flips, seconds])
+        table.append([row["model"], row["metric"], row["what"], f"{row['score']:.4f}", lost, kl, flips])
     return table
 
 

@@ -127,7 +127,7 @@ def _in_plain_containers(model: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for module in model.modules():
         for name, value in vars(module).items():
-            if not name.startswith("_") and isinstance(value, (list, tuple, dict)):
+            if name != "_modules" and isinstance(value, (list, tuple, dict)):
                 items = value.values() if isinstance(value, dict) else value
                 found.update(item for item in items if isinstance(item, nn.Module))
     return found
