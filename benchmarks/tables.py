@@ -22,8 +22,8 @@ def accuracy(rows: list[dict[str, Any]]) -> list[list[str]]:
     for row in rows:
         flips = f"{row['flips']} of {row['images']}" if row.get("flips") is not None else ""
         kl = f"{row['KL']:.4f}" if row.get("KL") is not None else ""
-        lost = f"{row['drop']:.4f}" if row.get("drop") is not None else ""
-        table.append([row["model"], row["metric"], row["what"], f"{row['score']:.4f}", lost, kl, flips])
+        lost = f"{row['drop']:.2g}" if row.get("drop") is not None else ""
+        table.append([row["model"], row["metric"], row["what"], f"{row['score']:.4g}", lost, kl, flips])
     return table
 
 
@@ -65,8 +65,8 @@ def main() -> None:
         path = ROOT / document
         text = path.read_text()
         fresh = re.sub(
-            r"(<!-- table:(\w+) -->\n).*?(\n<!-- end -->)",
-            lambda match: match[1] + rendered(match[2]) + match[3],
+            r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",
+            lambda match: match[1] + rendered(match[2]) + "\n" + match[3],
             text,
             flags=re.DOTALL,
         )

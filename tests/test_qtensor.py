@@ -424,3 +424,15 @@ def test_nbytes_counts_codes_scales_and_zero_points() -> None:
     assert quantize(x, QuantSpec("int4", per_group(8), symmetric=False)).nbytes == 32 + 8 * 4 + 8
     two_levels = QuantSpec("int4", per_group(8), scale=QuantSpec("int8", per_channel(0)))
     assert quantize(x, two_levels).nbytes == 32 + 8 + 4 * 4
+
+
+@pytest.mark.parametrize("spec", [QuantSpec("int8", per_channel(0)), QuantSpec("int4", per_group(5), symmetric=False)])
+def test_a_large_matrix_is_rounded_in_pieces_with_the_same_result(
+    spec: QuantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(37, 13)
+    whole = quantize(x, spec)
+    monkeypatch.setattr("fewbit.qtensor.PIECE", 40)
+    pieces = quantize(x, spec)
+    assert torch.equal(whole.packed, pieces.packed) and torch.equal(whole.codes, pieces.codes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,8 @@ def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
+
+
+def test_figures_are_those_of_the_last_measurement() -> None:
+    script = ROOT / "benchmarks" / "tables.py"
+    subprocess.run([sys.executable, str(script), "--check"], check=True)

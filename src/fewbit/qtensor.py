@@ -18,6 +18,7 @@ from fewbit.errors import PlanError
 from fewbit.formats import Format
 from fewbit.spec import Granularity, QuantSpec
 
+PIECE = 2**20  # elements of a matrix that are rounded at once
 LARGEST = 0.99 * torch.finfo(torch.float32).max  # what a code times a rounded scale can reach without overflow
 
 
@@ -64,8 +65,17 @@ def quantize(x: Tensor, spec: QuantSpec, check: bool = True) -> QTensor:
 def quantize_with(x: Tensor, spec: QuantSpec, scale: Tensor | QTensor, zero_point: Tensor | None) -> QTensor:
     """Round ``x`` to the grid of these scales and zero points (as ``qparams`` returns them)."""
     values = dequantize(scale) if isinstance(scale, QTensor) else scale
-    codes = encode(x, spec, values, zero_point)
-    return QTensor(pack(codes, spec.number), scale, zero_point, spec, tuple(x.shape))
+    if x.ndim == 2 and len(values) == len(x) and x.numel() > PIECE:  # no scale spans two rows: spare memory
+        rows = max(1, PIECE // x.shape[1])
+        packed = torch.cat(
+            [
+                pack(encode(x[part], spec, values[part], None if zero_point is None else zero_point[part]), spec.number)
+                for part in (slice(begin, begin + rows) for begin in range(0, len(x), rows))
+            ]
+        )
+    else:
+        packed = pack(encode(x, spec, values, zero_point), spec.number)
+    return QTensor(packed, scale, zero_point, spec, tuple(x.shape))
 
 
 def dequantize(q: QTensor, dtype: torch.dtype = torch.float32) -> Tensor:
