@@ -16,7 +16,7 @@ from fewbit.batches import Call, calls, run
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
 from fewbit.graph import Topology, read_topology
 from fewbit.methods import METHODS
-from fewbit.nn import LAYERS, QuantizedLayer, float_class, input_placeholder, qualified_name
+from fewbit.nn import QuantizedLayer, float_class, input_placeholder, layer_class
 from fewbit.observers import OBSERVERS, Observer, SecondMoment, State
 from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
 from fewbit.progress import progress
@@ -103,7 +103,7 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         if cls is None or cls.__name__ != site.type:
             found = type(modules[name]).__name__ if name in modules else "no such layer"
             raise PlanError(f"plan.sites.{name}: needs a {site.type}, found {found} in this {type(model).__name__}.")
-        shapes = {k: tuple(m.shape) for k, m in LAYERS[qualified_name(cls)].matrices(modules[name]).items()}
+        shapes = {k: tuple(m.shape) for k, m in layer_class(modules[name]).matrices(modules[name]).items()}
         if not site.weights or any(shapes.get(key) != shape for key, shape in site.weights.items()):
             raise PlanError(f"plan.sites.{name}: needs weights {dict(site.weights)}, found {shapes}.")
     weights = {
@@ -131,7 +131,7 @@ def calibrate(model: nn.Module, plan: Plan, batches: Iterable[Call]) -> Statisti
                 raise CalibrationError(f"calibration batch {current}: the input of {name!r} has a NaN or an infinity.")
             states = statistics.setdefault(name, {key: observer.init() for key, observer in observers.items()})
             for key, observer in observers.items():
-                axis = None if key == "input" else _layer(module).channel_axis(module)
+                axis = None if key == "input" else layer_class(module).channel_axis(module)
                 if x.numel():
                     states[key] = observer.update(states[key], x if axis is None else x.movedim(axis, 0))
 
@@ -208,7 +208,7 @@ def _observers(site: Site, module: nn.Module) -> dict[str, Observer]:
     observers: dict[str, Observer] = {}
     if site.scheme.input is not None and site.scheme.input.observer is not None:
         observers["input"] = OBSERVERS[site.scheme.input.observer]
-    if METHODS[site.scheme.method].uses_importance and _layer(module).channel_axis(module) is not None:
+    if METHODS[site.scheme.method].uses_importance and layer_class(module).channel_axis(module) is not None:
         observers["second_moment"] = SecondMoment()
     return observers
 
@@ -236,7 +236,7 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> d
     done: dict[nn.Parameter, QTensor] = {}
     for name, site in progress(plan.sites.items(), "quantizing"):
         module = twin.get_submodule(name)
-        layer = _layer(module)
+        layer = layer_class(module)
         method = METHODS[site.scheme.method]
         state = statistics.get(name, {}).get("second_moment")
         importance = None
@@ -286,7 +286,7 @@ def _swap(
     replacements: dict[nn.Module, nn.Module] = {}
     for name, site in plan.sites.items():
         module = twin.get_submodule(name)
-        replacements[module] = _layer(module)(module, site.scheme, weights[name], grids[name])
+        replacements[module] = layer_class(module)(module, site.scheme, weights[name], grids[name])
     if twin in replacements:
         return replacements[twin]
     for parent in list(twin.modules()):
@@ -294,12 +294,6 @@ def _swap(
             if layer is not None and layer in replacements:
                 parent._modules[child] = replacements[layer]
     return twin
-
-
-def _layer(module: nn.Module) -> type[QuantizedLayer]:
-    cls = float_class(module)
-    assert cls is not None
-    return LAYERS[qualified_name(cls)]
 
 
 def sites_of(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

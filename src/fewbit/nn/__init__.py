@@ -35,6 +35,13 @@ def float_class(module: nn.Module) -> type[nn.Module] | None:
     return None
 
 
+def layer_class(module: nn.Module) -> type[QuantizedLayer]:
+    """The quantized twin's class of a module that has a ``float_class``."""
+    cls = float_class(module)
+    assert cls is not None
+    return LAYERS[qualified_name(cls)]
+
+
 def qualified_name(cls: type) -> str:
     """The key of a class in LAYERS."""
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -51,5 +58,6 @@ __all__ = [
     "QuantizedLayer",
     "float_class",
     "input_placeholder",
+    "layer_class",
     "qualified_name",
 ]

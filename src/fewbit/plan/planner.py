@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from fewbit.errors import PlanError, unknown
-from fewbit.nn import LAYERS, QuantizedLayer, float_class, qualified_name
+from fewbit.nn import QuantizedLayer, float_class, layer_class
 from fewbit.plan.plan import Plan, Site, header_bytes
 from fewbit.plan.recipe import Recipe, Rule
 from fewbit.spec import Scheme
@@ -33,7 +33,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         decision = _decide(name, module, kinds[name], recipe, listed)
         if isinstance(decision, Site):
             sites[name] = decision
-            for key in _layer(module).matrices(module):
+            for key in layer_class(module).matrices(module):
                 if key not in decision.weights:
                     reason = f"too small to gain: less than {100 * SMALL_SHARE:g} % of its layer's weights"
                     skipped[f"{name}.{key}" if name else key] = reason
@@ -62,7 +62,7 @@ def _decide(name: str, module: nn.Module, kind: str, recipe: Recipe, listed: set
     cls = float_class(module)
     if cls is None:
         return f"unsupported type {kind}"
-    layer = LAYERS[qualified_name(cls)]
+    layer = layer_class(module)
     own = type(module)
     if own.forward is not cls.forward or getattr(own, "_conv_forward", None) is not getattr(cls, "_conv_forward", None):
         return f"unsupported type {own.__name__}: it overrides {kind}.forward"
@@ -131,12 +131,6 @@ def _in_plain_containers(model: nn.Module) -> set[nn.Module]:
                 items = value.values() if isinstance(value, dict) else value
                 found.update(item for item in items if isinstance(item, nn.Module))
     return found
-
-
-def _layer(module: nn.Module) -> type[QuantizedLayer]:
-    cls = float_class(module)
-    assert cls is not None
-    return LAYERS[qualified_name(cls)]
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
