@@ -55,9 +55,9 @@ class Trial:
 class Answer:
     """The result of ``autoquantize``.
 
-    ``verdict``: "pass", a quantized model is within the budget and faster or smaller than float; "no_gain", one is within
-    it but neither, or no recipe applies; "not_enough_data", none is shown to be within it but more examples may do that;
-    "fail", every one loses more.
+    ``verdict``: "pass", a quantized model is within the budget and at least 5 % faster or smaller than float; "no_gain", one
+    is within it but neither, or no recipe applies; "not_enough_data", none is shown to be within it but more examples may do
+    that; "fail", every one loses more.
     ``model``: the fastest quantized model that passed, else the float model itself. ``chosen``: its trial.
     """
 

@@ -20,6 +20,7 @@ from fewbit.search.answer import FLOAT, Answer, Trial
 from fewbit.targets import tensor_bytes
 from fewbit.verify import Budget, OutputError, judge, latencies, output_error, paired, scores_of
 
+GAIN = 0.05  # less time or size saved than this share is no reason to quantize
 RECIPES = ("int8-dynamic", "int8-static", "int4-weight-only")
 
 
@@ -102,7 +103,10 @@ def _try(model: nn.Module, recipe: Recipe, calibration: Any) -> tuple[Trial, nn.
         return Trial(recipe.name, problem=str(error)), None
     except FewbitError as error:
         raise type(error)(f"recipe {recipe.name!r}: {error}") from error
-    return Trial(recipe.name, size=tensor_bytes(candidate), plan=plan_of(candidate)), candidate
+    plan = plan_of(candidate)
+    if plan.share < GAIN:
+        return Trial(recipe.name, problem=f"not tried: it reaches only {100 * plan.share:.1f} % of the weights"), None
+    return Trial(recipe.name, size=tensor_bytes(candidate), plan=plan), candidate
 
 
 def _output_error(model: nn.Module, candidate: nn.Module, call: Call) -> OutputError | None:
@@ -131,9 +135,9 @@ def _milliseconds(trial: Trial) -> float:
 
 
 def _faster(trial: Trial, float_trial: Trial) -> bool:
-    return _milliseconds(trial) < _milliseconds(float_trial)
+    return _milliseconds(trial) < (1 - GAIN) * _milliseconds(float_trial)
 
 
 def _smaller(trial: Trial, float_trial: Trial) -> bool:
     assert trial.size is not None and float_trial.size is not None
-    return trial.size < float_trial.size
+    return trial.size < (1 - GAIN) * float_trial.size
