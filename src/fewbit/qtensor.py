@@ -236,7 +236,7 @@ def pack(codes: Tensor, number: Format) -> Tensor:
     Layout of compressed-tensors' pack-quantized format. The last word is filled up with zero bits.
     """
     if number.bits == 8:
-        return codes
+        return codes.contiguous()
     per_word = 32 // number.bits
     unsigned = codes.to(torch.int64) - number.code_min
     unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % per_word))

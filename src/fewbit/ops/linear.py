@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewbit.ops import native
 from fewbit.ops.reference import (
     exactly,
     has_integer_product,
@@ -26,10 +27,16 @@ from fewbit.spec import PER_TOKEN, Granularity, QuantSpec, per_channel, per_grou
 
 _WEIGHT = "Tensor x, Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int in_features, int bits"
 LIBRARY = torch.library.Library("fewbit", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define(
-    f"linear_dynamic({_WEIGHT}, int weight_group, int input_group) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+    f"linear_dynamic({_WEIGHT}, int weight_group, int input_group, int activation=0) -> Tensor", tags=_TAGS
 )
-LIBRARY.define(f"linear_weight_only({_WEIGHT}, int weight_group) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.define(f"linear_weight_only({_WEIGHT}, int weight_group, int activation=0) -> Tensor", tags=_TAGS)
+LIBRARY.define(
+    "embedding(Tensor indices, Tensor packed, Tensor scale, Tensor? zero_point, int columns, int bits, int group) -> Tensor",
+    tags=_TAGS,
+)
+LIBRARY.define("isa() -> str")
 
 
 def linear(
@@ -117,7 +124,9 @@ def _linear_dynamic(
     bits: int,
     weight_group: int,
     input_group: int,
+    activation: int = 0,
 ) -> Tensor:
+    native.remind(x)
     weight = _weight(packed, scale, zero_point, in_features, bits, weight_group)
     return integer_products(x, weight, bias, QuantSpec("int8", _granularity(input_group, PER_TOKEN)))
 
@@ -131,7 +140,9 @@ def _linear_weight_only(
     in_features: int,
     bits: int,
     weight_group: int,
+    activation: int = 0,
 ) -> Tensor:
+    native.remind(x)
     weight = _weight(packed, scale, zero_point, in_features, bits, weight_group)
     return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
 

@@ -1,0 +1,103 @@
+// What an instruction set offers, and the plain data that its kernels work on.
+//
+// Weights are read as the checkpoint stores them: one row an output channel, nothing is repacked and no second copy is
+// kept. Products with a few rows of activations read the rows of the weight as they stream by; products with many rows
+// rearrange one panel of columns at a time into a thread's own cache.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fewbit {
+
+constexpr int64_t kBlock = 32;    // activations that are summed in one go; groups are multiples of it
+constexpr int64_t kPadding = 128; // rows of activation codes are filled up with zeros to a multiple of this
+
+enum class Type : int32_t { f32, bf16, f16 };
+enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// A quantized weight [rows, columns]: value = (code - zero_point) * scale.
+struct Weight {
+  const uint8_t* codes; // 8 bits: int8; 4 bits: two codes a byte, the first in the low bits, as code + 8
+  int64_t row_bytes;
+  int64_t rows, columns;
+  int bits;
+  int64_t group;  // columns that share a scale: a multiple of kBlock
+  int64_t groups; // of a row, at least 1
+  const void* scale;
+  Type scale_type;         // f32 or bf16
+  int64_t scale_stride;    // scales of a row: groups, or 1 where all share one
+  const int8_t* zero_point; // of the scales' shape; null where all are 0
+};
+
+// Activations quantized to int8, symmetric.
+struct Input {
+  const int8_t* codes; // rows filled up with zeros; for 4-bit weights in an order of their own, for some panels int16
+  int64_t stride;      // bytes from row to row
+  const float* scale;     // [rows, groups]
+  const int32_t* sums;    // [rows, groups]: sums of codes
+  const int32_t* starts;  // [rows, starts_stride]: what accumulators start from (see Dot in multiply_inl.h)
+  int64_t starts_stride;
+  int64_t rows;
+};
+
+// y[m, n] = activation(sum + bias[n])
+struct Output {
+  void* data;
+  int64_t stride; // elements from row to row
+  Type type;
+  const float* bias; // null: none
+  Activation activation;
+};
+
+// Where `quantize` writes; the counterpart of Input.
+struct Quantized {
+  int8_t* codes;
+  int64_t stride;
+  float* scale;
+  int32_t* sums;
+  int32_t* starts;
+  int64_t starts_stride;
+};
+
+struct Kernels {
+  const char* name;
+  int64_t panel_columns; // output channels that are computed together from a packed panel
+  int64_t gemv_rows;     // up to this many activation rows `gemv` is used
+
+  // Row `row` of x, read with `type`, to codes, scales and sums; the order of codes is that of `gemv` or of panels.
+  void (*quantize)(const void* x, Type type, int64_t row, int64_t columns, int64_t input_group, const Weight&, bool gemv,
+                   const Quantized&);
+  int64_t (*starts)(const Weight&);                 // int32 a row that `quantize` writes to starts, for panels
+  int64_t (*code_bytes)(const Weight&, bool gemv); // of an activation's code
+
+  // Output channels [begin, end) for all rows of the input (at most gemv_rows).
+  void (*gemv)(const Weight&, const Input&, int64_t begin, int64_t end, const Output&);
+
+  int64_t (*panel_bytes)(const Weight&);
+  void (*pack)(const Weight&, int64_t first, void* panel);
+  // Output channels of the panel for the input's rows [begin, end).
+  void (*multiply)(const Weight&, int64_t first, const void* panel, const Input&, int64_t begin, int64_t end, const Output&);
+
+  // Activations stay float: output channels [begin, end) for all `rows` of x [rows, columns].
+  void (*linear_float)(const Weight&, const float* x, int64_t rows, int64_t begin, int64_t end, float* scratch,
+                       const Output&);
+  int64_t (*float_scratch)(const Weight&); // floats of scratch that linear_float needs
+
+  // Rows of a table: out[i] = row indices[i], float32.
+  void (*rows)(const Weight&, const int64_t* indices, int64_t begin, int64_t end, float* out);
+  void (*to_float)(const void* x, Type type, int64_t count, float* out);
+
+  // One step for hidden units [begin, end) of one sequence: gates from the input (biases included) and recurrent sums.
+  void (*lstm)(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h, float* c);
+  void (*gru)(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h);
+};
+
+float* row_scratch(int64_t count); // this thread's, valid until its next call
+
+const Kernels& kernels(); // the best that this CPU has, or what FEWBIT_ISA names
+
+} // namespace fewbit

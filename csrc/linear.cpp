@@ -1,0 +1,198 @@
+// The linear layers' operators.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "tensors.h"
+
+namespace fewbit {
+
+Type type_of(const Tensor& x, const char* what) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Type::f32;
+    case ScalarType::BFloat16: return Type::bf16;
+    case ScalarType::Half: return Type::f16;
+    default: STD_TORCH_CHECK(false, "fewbit: ", what, " must be float32, bfloat16 or float16.");
+  }
+}
+
+Weight weight_of(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t columns,
+                 int64_t bits, int64_t group, int64_t input_group) {
+  STD_TORCH_CHECK(bits == 8 || bits == 4, "fewbit: bits must be 4 or 8, found ", bits, ".");
+  STD_TORCH_CHECK(group >= 0 && group % kBlock == 0 && input_group >= 0 && input_group % kBlock == 0,
+                  "fewbit: groups must be multiples of ", kBlock, ", found ", group, " and ", input_group, ".");
+  STD_TORCH_CHECK(group == 0 || input_group == 0 || group == input_group, "fewbit: groups of weights and inputs must agree.");
+  const auto dtype = bits == 8 ? ScalarType::Char : ScalarType::Int;
+  const int64_t words = bits == 8 ? columns : ceil_div(columns, 8);
+  STD_TORCH_CHECK(packed.scalar_type() == dtype && packed.dim() == 2 && packed.size(1) == words && packed.is_contiguous(),
+                  "fewbit: packed must be contiguous ", bits == 8 ? "int8" : "int32", " [rows, ", words, "].");
+  Weight w;
+  w.codes = static_cast<const uint8_t*>(packed.const_data_ptr());
+  w.rows = packed.size(0);
+  w.columns = columns;
+  w.row_bytes = words * (bits == 8 ? 1 : 4);
+  w.bits = static_cast<int>(bits);
+  w.group = std::max({group, input_group});
+  if (w.group == 0) w.group = std::max<int64_t>(round_up(columns, kBlock), kBlock);
+  w.groups = std::max<int64_t>(ceil_div(columns, w.group), 1);
+  w.scale_stride = group == 0 ? 1 : w.groups;
+  w.scale_type = type_of(scale, "scale");
+  STD_TORCH_CHECK(w.scale_type != Type::f16, "fewbit: scale must be float32 or bfloat16.");
+  const auto fits = [&](const Tensor& t) {
+    return t.dim() == 2 && t.size(0) == w.rows && t.size(1) == w.scale_stride && t.is_contiguous();
+  };
+  STD_TORCH_CHECK(fits(scale), "fewbit: scale must be contiguous [", w.rows, ", ", w.scale_stride, "].");
+  w.scale = scale.const_data_ptr();
+  w.zero_point = nullptr;
+  if (zero_point) {
+    STD_TORCH_CHECK(zero_point->scalar_type() == ScalarType::Char && fits(*zero_point),
+                    "fewbit: zero_point must be contiguous int8 [", w.rows, ", ", w.scale_stride, "].");
+    w.zero_point = static_cast<const int8_t*>(zero_point->const_data_ptr());
+  }
+  return w;
+}
+
+const float* floats_of(const std::optional<Tensor>& x, int64_t size, const char* what, std::optional<Tensor>& keep) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == size, "fewbit: ", what, " must be [", size, "].");
+  keep = torch::stable::contiguous(x->scalar_type() == ScalarType::Float ? *x : torch::stable::to(*x, ScalarType::Float));
+  return static_cast<const float*>(keep->const_data_ptr());
+}
+
+Quantized quantized_buffers(const Weight& w, int64_t rows, bool gemv, Scratch& scratch) {
+  // Not a multiple of a page, so that the rows of a tile do not fight for the same places in the cache.
+  const int64_t stride = round_up(w.columns, kPadding) * kernels().code_bytes(w, gemv) + 64;
+  const int64_t starts = kernels().starts(w);
+  const size_t codes = rows * stride, scales = rows * w.groups * 4;
+  uint8_t* memory = static_cast<uint8_t*>(scratch.get(codes + 2 * scales + rows * starts * 4 + 64));
+  return {reinterpret_cast<int8_t*>(memory),
+          stride,
+          reinterpret_cast<float*>(memory + codes),
+          reinterpret_cast<int32_t*>(memory + codes + scales),
+          reinterpret_cast<int32_t*>(memory + codes + 2 * scales),
+          starts};
+}
+
+Input input_of(const Quantized& q, int64_t rows) {
+  return {q.codes, q.stride, q.scale, q.sums, q.starts, q.starts_stride, rows};
+}
+
+void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int64_t input_group, const Output& y) {
+  thread_local Scratch activations, panels;
+  const Kernels& k = kernels();
+  const bool gemv = rows <= k.gemv_rows;
+  const Quantized q = quantized_buffers(w, rows, gemv, activations);
+  in_parallel(rows, rows * w.columns * 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) k.quantize(x, type, row, w.columns, input_group, w, gemv, q);
+  });
+  const Input in = input_of(q, rows);
+  const int64_t work = rows * w.rows * w.columns;
+  if (gemv) {
+    in_parallel(w.rows, work, [&](int64_t begin, int64_t end) { k.gemv(w, in, begin, end, y); });
+  } else {
+    // Panels are the unit of work; where they are few, each is shared out by rows, and packed by each who has a part of it.
+    const int64_t columns = ceil_div(w.rows, k.panel_columns);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t shares = columns >= 4 * threads ? 1 : std::min(ceil_div(4 * threads, columns), ceil_div(rows, 48));
+    const int64_t share = ceil_div(rows, shares);
+    in_parallel(columns * shares, work, [&](int64_t begin, int64_t end) {
+      void* panel = panels.get(k.panel_bytes(w));
+      int64_t packed = -1;
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t column = task / shares, first = column * k.panel_columns, top = task % shares * share;
+        if (column != packed) k.pack(w, first, panel);
+        packed = column;
+        k.multiply(w, first, panel, in, top, std::min(top + share, rows), y);
+      }
+    });
+  }
+  activations.release_if_large();
+}
+
+namespace {
+
+std::vector<int64_t> output_shape(const Tensor& x, const Weight& w) {
+  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == w.columns, "fewbit: x must be [..., ", w.columns, "].");
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = w.rows;
+  return shape;
+}
+
+Output output_of(Tensor& y, const Weight& w, Type type, const float* bias, int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation <= 4, "fewbit: activation must be 0 to 4, found ", activation, ".");
+  return {y.mutable_data_ptr(), w.rows, type, bias, static_cast<Activation>(activation)};
+}
+
+Tensor linear_dynamic(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero_point, std::optional<Tensor> bias,
+                      int64_t in_features, int64_t bits, int64_t weight_group, int64_t input_group, int64_t activation) {
+  const Weight w = weight_of(packed, scale, zero_point, in_features, bits, weight_group, input_group);
+  const Type type = type_of(x, "x");
+  x = torch::stable::contiguous(x);
+  Tensor y = torch::stable::new_empty(x, output_shape(x, w));
+  std::optional<Tensor> keep;
+  const Output out = output_of(y, w, type, floats_of(bias, w.rows, "bias", keep), activation);
+  const int64_t rows = w.rows == 0 ? 0 : y.numel() / w.rows;
+  if (rows) multiply_rows(w, x.const_data_ptr(), type, rows, input_group, out);
+  return y;
+}
+
+Tensor linear_weight_only(Tensor x, Tensor packed, Tensor scale, std::optional<Tensor> zero_point,
+                          std::optional<Tensor> bias, int64_t in_features, int64_t bits, int64_t weight_group,
+                          int64_t activation) {
+  const Weight w = weight_of(packed, scale, zero_point, in_features, bits, weight_group, 0);
+  const Type type = type_of(x, "x");
+  x = torch::stable::contiguous(x);
+  Tensor y = torch::stable::new_empty(x, output_shape(x, w));
+  std::optional<Tensor> keep;
+  const Output out = output_of(y, w, type, floats_of(bias, w.rows, "bias", keep), activation);
+  const int64_t rows = w.rows == 0 ? 0 : y.numel() / w.rows;
+  if (!rows) return y;
+  const Kernels& k = kernels();
+  const float* values = static_cast<const float*>(x.const_data_ptr());
+  thread_local Scratch activations, scratch;
+  if (type != Type::f32) {
+    float* converted = static_cast<float*>(activations.get(rows * w.columns * 4));
+    k.to_float(x.const_data_ptr(), type, rows * w.columns, converted);
+    values = converted;
+  }
+  in_parallel(ceil_div(w.rows, 8), rows * w.rows * w.columns, [&](int64_t begin, int64_t end) {
+    float* memory = static_cast<float*>(scratch.get(k.float_scratch(w) * 4));
+    k.linear_float(w, values, rows, begin * 8, std::min(end * 8, w.rows), memory, out);
+  });
+  activations.release_if_large();
+  return y;
+}
+
+Tensor embedding(Tensor indices, Tensor packed, Tensor scale, std::optional<Tensor> zero_point, int64_t columns,
+                 int64_t bits, int64_t group) {
+  const Weight w = weight_of(packed, scale, zero_point, columns, bits, group, 0);
+  indices = torch::stable::contiguous(
+      indices.scalar_type() == ScalarType::Long ? indices : torch::stable::to(indices, ScalarType::Long));
+  const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
+  const int64_t count = indices.numel();
+  for (int64_t i = 0; i < count; ++i)
+    STD_TORCH_CHECK(index[i] >= 0 && index[i] < w.rows, "fewbit: index ", index[i], " is out of range for a table of ",
+                          w.rows, " rows.");
+  std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
+  shape.push_back(columns);
+  Tensor y = torch::stable::new_empty(indices, shape, ScalarType::Float);
+  float* out = static_cast<float*>(y.mutable_data_ptr());
+  in_parallel(count, count * columns, [&](int64_t begin, int64_t end) { kernels().rows(w, index, begin, end, out); });
+  return y;
+}
+
+std::string isa() { return kernels().name; }
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) {
+  m.impl("linear_dynamic", TORCH_BOX(&linear_dynamic));
+  m.impl("linear_weight_only", TORCH_BOX(&linear_weight_only));
+  m.impl("embedding", TORCH_BOX(&embedding));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fewbit, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+
+} // namespace fewbit

@@ -1,0 +1,108 @@
+// Any CPU: vectors of 16 bytes as plain arrays, which compilers may turn into what they know.
+#include "quantize_inl.h"
+
+namespace fewbit {
+namespace {
+
+struct Simd {
+  static constexpr int kBytes = 16;
+  static constexpr int kPanelVectors = 2;
+  static constexpr int kPackRows = 1;
+  static constexpr int kPrefetch = 512;
+  static constexpr int kLanes = 4;
+  struct I {
+    int32_t lane[kLanes];
+  };
+  struct F {
+    float lane[kLanes];
+  };
+
+  template <class R, class O> static R each(O value) {
+    R r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = value(i);
+    return r;
+  }
+  static void pin(I&) {}
+  static I zero() { return all(0); }
+  static I load(const void* p) {
+    I r;
+    std::memcpy(&r, p, kBytes);
+    return r;
+  }
+  static F load(const float* p) {
+    F r;
+    std::memcpy(&r, p, kBytes);
+    return r;
+  }
+  static void store(float* p, F v) { std::memcpy(p, &v, kBytes); }
+  static I all(int32_t v) { return each<I>([=](int) { return v; }); }
+  static F all(float v) { return each<F>([=](int) { return v; }); }
+  static I four(const int8_t* p) {
+    int32_t bits;
+    std::memcpy(&bits, p, 4);
+    return all(bits);
+  }
+  // Through unsigned: sums may wrap around on the way to one that fits.
+  static I add(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a.lane[i]) + uint32_t(b.lane[i])); }); }
+  static I subtract(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a.lane[i]) - uint32_t(b.lane[i])); }); }
+  static I multiply(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a.lane[i]) * uint32_t(b.lane[i])); }); }
+  static F times(F a, F b) { return each<F>([=](int i) { return a.lane[i] * b.lane[i]; }); }
+  static F fma(F a, F b, F c) { return each<F>([=](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
+  static F to_float(I v) { return each<F>([=](int i) { return static_cast<float>(v.lane[i]); }); }
+  static I low(I bytes) { return each<I>([=](int i) { return bytes.lane[i] & 0x0f0f0f0f; }); }
+  static I high(I bytes) { return each<I>([=](int i) { return (bytes.lane[i] >> 4) & 0x0f0f0f0f; }); }
+  static int32_t sum(I v) { return v.lane[0] + v.lane[1] + v.lane[2] + v.lane[3]; }
+  static float sum(F v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
+  template <int64_t Columns> static F spread(const float* p) { return all(*p); }
+  template <int64_t Columns> static I first_lanes(const int32_t* p) {
+    return each<I>([=](int i) { return i ? 0 : *p; });
+  }
+  template <int B, int Element> static void pack(const uint8_t* rows, int64_t, uint8_t* out, int64_t step_bytes) {
+    for (int s = 0; s < kBlock / 4; ++s)
+      for (int i = 0; i < 4; ++i) {
+        const int k = s * 4 + i;
+        out[s * step_bytes + i] = B == 8 ? rows[k] : k < 16 ? rows[k] & 15 : rows[k - 16] >> 4;
+      }
+  }
+  static void nibbles16(const uint8_t* bytes, uint8_t* out) {
+    for (int i = 0; i < 8; ++i) {
+      out[2 * i] = bytes[i] & 15;
+      out[2 * i + 1] = bytes[i] >> 4;
+    }
+  }
+};
+
+template <int32_t Offset> struct Dot {
+  static constexpr bool kWide = true;
+  static constexpr int kTileRows = 2;
+  static constexpr int kElement = 1;
+  static constexpr int32_t kOffset = Offset;
+  using Acc = Simd::I;
+  using Code = Simd::I;
+  static Acc none() { return Simd::zero(); }
+  static Acc start(int32_t sum) { return Simd::all(sum); }
+  static Code ready(Simd::I w) { return w; }
+  static Acc step(Acc acc, Code w, Simd::I x) {
+    return Simd::each<Acc>([&](int i) {
+      int8_t a[4], b[4];
+      std::memcpy(a, &w.lane[i], 4);
+      std::memcpy(b, &x.lane[i], 4);
+      return acc.lane[i] + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+    });
+  }
+  static Simd::I finish(Acc acc) { return acc; }
+  static int32_t start_of(const int8_t*) { return 0; }
+};
+using Dot8 = Dot<0>;
+using Dot4 = Dot<8>;
+using PanelDot8 = Dot8;
+using PanelDot4 = Dot4;
+
+} // namespace
+} // namespace fewbit
+
+#include "table_inl.h"
+
+namespace fewbit {
+extern const Kernels kScalar = table("scalar");
+} // namespace fewbit

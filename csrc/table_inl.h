@@ -1,0 +1,15 @@
+// The table of this instruction set's kernels. Included last.
+#pragma once
+
+#include "float_inl.h"
+
+namespace fewbit {
+namespace {
+
+constexpr Kernels table(const char* name) {
+  return {name,     kColumns,     kRowsAtMost,   quantize, starts,           code_bytes, gemv, panel_bytes, pack,
+          multiply, linear_float, float_scratch, rows,     convert_to_float, lstm,       gru};
+}
+
+} // namespace
+} // namespace fewbit

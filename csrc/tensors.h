@@ -1,0 +1,77 @@
+// From torch's tensors to the kernels' plain data, with the checks that make it safe.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <memory>
+#include <optional>
+
+#include "kernels.h"
+
+namespace fewbit {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Memory that a thread keeps between calls, up to a limit.
+class Scratch {
+ public:
+  void* get(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = (bytes + 4095) / 4096 * 4096;
+      memory_.reset(std::aligned_alloc(4096, size_));
+      STD_TORCH_CHECK(memory_ != nullptr, "fewbit: out of memory for a workspace of ", size_, " bytes.");
+    }
+    return memory_.get();
+  }
+  void release_if_large() {
+    if (size_ > size_t{16} << 20) {
+      memory_.reset();
+      size_ = 0;
+    }
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+Type type_of(const Tensor& x, const char* what);
+
+// The weight in its stored layout; `group` 0: one scale a row. `input_group` is that of the activations (0: none).
+Weight weight_of(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t columns,
+                 int64_t bits, int64_t group, int64_t input_group);
+
+// float32 values of an optional vector; `keep` holds what had to be converted.
+const float* floats_of(const std::optional<Tensor>& x, int64_t size, const char* what, std::optional<Tensor>& keep);
+
+// Activations [rows, columns] of `type` quantized, and all that products with them need; memory from `scratch`.
+Quantized quantized_buffers(const Weight&, int64_t rows, bool gemv, Scratch& scratch);
+Input input_of(const Quantized&, int64_t rows);
+
+// The least work, in products, that is worth another thread.
+constexpr int64_t kWorthAThread = 1 << 17;
+
+// f(begin, end) over [0, count) on as many of torch's threads as `work` products are worth.
+template <class F> void in_parallel(int64_t count, int64_t work, const F& f) {
+  const int64_t threads = work / kWorthAThread;
+  if (count == 0) return;
+  if (threads <= 1) {
+    f(0, count);
+  } else {
+    torch::stable::parallel_for(0, count, ceil_div(count, threads), f);
+  }
+}
+
+// y = activation(x W^T + bias) for rows [rows, columns] of `type`.
+void multiply_rows(const Weight&, const void* x, Type type, int64_t rows, int64_t input_group, const Output&);
+
+} // namespace fewbit
