@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fewbit
 from measure import Recorder, example, kl_and_flips, write
+from peers import torch_ao_dynamic
 
 # Example: metric, factor for people, the most that may be lost in its units
 EXAMPLES = {
@@ -75,12 +76,6 @@ def candidates(name: str, task: fewbit.Task) -> dict[str, Any]:
         made["ONNX Runtime static"] = lambda: onnxruntime_static(task, reduce_range=False)
         made["ONNX Runtime static, reduce_range"] = lambda: onnxruntime_static(task, reduce_range=True)
     return made
-
-
-def torch_ao_dynamic(model: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM, nn.GRU}, torch.qint8)
 
 
 def onnxruntime_static(task: fewbit.Task, reduce_range: bool) -> nn.Module:

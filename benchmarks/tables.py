@@ -42,21 +42,83 @@ def footprint(rows: list[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
+def speed(rows: list[dict[str, Any]], lines: tuple[str, ...], columns: tuple[str, ...], value: str) -> list[list[str]]:
+    """``value`` where lines and columns cross, each the combinations of some keys; instruction sets if they differ."""
+    rows = [row for row in rows if value in row]
+    limit = next(row["isa"] for row in rows if row["what"] == "torch FP32")
+
+    def label(row: dict[str, Any], keys: tuple[str, ...]) -> str:
+        parts = [f"{row[key]} {key}" if key in ("threads", "batch") else str(row[key]) for key in keys]
+        other = f" ({row['isa']})" if "what" in keys and row["isa"] != limit else ""
+        return ", ".join(parts).replace("1 threads", "1 thread").replace(" batch", " at once") + other
+
+    heads = list(dict.fromkeys(label(row, columns) for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        # The first, where a candidate was measured twice.
+        cells.setdefault(label(row, lines), {}).setdefault(label(row, columns), f"{row[value]:.3g}")
+    return [["", *heads], *([line, *(found.get(head, "") for head in heads)] for line, found in cells.items())]
+
+
+def linear(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Milliseconds with one thread."""
+    shown = [
+        {**row, "M x N x K": f"{row['M']} x {row['N']} x {row['K']}"}
+        for row in rows
+        if row["threads"] == 1 and row.get("M") in (1, 16, 128) and row["what"] not in ("torch BF16", "torchao int8")
+    ]
+    return speed(shown, ("M x N x K",), ("what",), "ms")
+
+
+def memory(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Share of the streaming bandwidth at M = 1 beyond the cache."""
+    shown = [
+        {**row, "percent": 100 * row["stream"], "N x K": f"{row['N']} x {row['K']}"}
+        for row in rows
+        if row.get("stream") and row["M"] == 1
+    ]
+    return speed(shown, ("what",), ("N x K", "threads"), "percent")
+
+
+def recurrent(rows: list[dict[str, Any]]) -> list[list[str]]:
+    return speed(rows, ("model", "batch", "threads"), ("what",), "ms")
+
+
+def encoder(rows: list[dict[str, Any]]) -> list[list[str]]:
+    head, *table = speed(rows, ("what",), ("batch", "threads"), "ms")
+    whats = list(dict.fromkeys(row["what"] for row in rows))
+    scores = {row["what"]: [f"{row['Spearman']:.4f}", f"{row['drop']:.2g}"] for row in rows if "Spearman" in row}
+    lines = [[*line, *scores.get(what, ["", ""])] for what, line in zip(whats, table, strict=True)]
+    return [[*head, "Spearman", "lost"], *lines]
+
+
+def decode(rows: list[dict[str, Any]]) -> list[list[str]]:
+    return speed(rows, ("what",), ("model", "threads"), "tokens/s")
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "accuracy": accuracy,
     "checkpoint": checkpoint,
     "footprint": footprint,
+    "linear": linear,
+    "memory": memory,
+    "recurrent": recurrent,
+    "encoder": encoder,
+    "decode": decode,
 }
+FILES = {"memory": "linear"}  # where a table has another name than its file
 
 
 def rendered(name: str) -> str:
-    data = json.loads((RESULTS / f"{name}.json").read_text())
-    head, *body = TABLES[name](data["rows"])
+    table, _, limit = name.partition("-")  # linear-avx2: the run that was limited to AVX2
+    file = "-".join([FILES.get(table, table), *[limit] * bool(limit)])
+    data = json.loads((RESULTS / f"{file}.json").read_text())
+    head, *body = TABLES[table](data["rows"])
     lines = [head, ["---"] * len(head), *body]
     machine = data["machine"]
     features = ", ".join(machine["features"])
     note = f"{machine['cpu']}, {machine['cores']} cores ({features}); torch {machine['versions']['torch']}"
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}. `benchmarks/results/{name}.json`"
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{note}. `benchmarks/results/{file}.json`"
 
 
 def main() -> None:
@@ -65,7 +127,7 @@ def main() -> None:
         path = ROOT / document
         text = path.read_text()
         fresh = re.sub(
-            r"(<!-- table:(\w+) -->\n).*?(<!-- end -->)",
+            r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)",
             lambda match: match[1] + rendered(match[2]) + "\n" + match[3],
             text,
             flags=re.DOTALL,

@@ -10,52 +10,60 @@ struct Simd : Avx {
   static constexpr int kPanelVectors = 2;
 };
 
+// Of an activation its magnitude and a mask of its sign. w ^ mask is w or -w - 1, which is off by the magnitude of each
+// negative activation, whatever w is: these are added again at the end. (vpsignb would need no correction, but competes with
+// the multiplications.) At most 127 times -128 <= w ^ mask <= 127: two of these are within int16.
 struct Dot8 {
-  static constexpr int32_t kOffset = 0;
-  using Acc = __m256i;
-  struct Code {
-    __m256i value, magnitude;
-  };
-  static Code ready(__m256i w) { return {w, _mm256_abs_epi8(w)}; }
-  static Acc step(Acc acc, Code w, __m256i x) {
-    const __m256i pairs = _mm256_maddubs_epi16(w.magnitude, _mm256_sign_epi8(x, w.value));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-  }
-};
-
-// In panels both sides are widened to int16 beforehand: moving signs costs a multiplier's slot on many CPUs.
-struct PanelDot8 {
   static constexpr bool kWide = true;
-  static constexpr int kTileRows = 6;
-  static constexpr int kElement = 2;
+  static constexpr int kTileRows = 4;
+  static constexpr int kUnit = 4;
+  static constexpr int kPlanes = 2;
   static constexpr int32_t kOffset = 0;
   using Acc = __m256i;
   using Code = __m256i;
-  static Acc start(int32_t) { return _mm256_setzero_si256(); }
+  struct X {
+    __m256i magnitude, mask;
+  };
   static Code ready(__m256i w) { return w; }
-  static Acc step(Acc acc, Code w, __m256i x) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x)); }
+  static X row(const int8_t* p, int64_t plane) { return {Avx::load(p), Avx::load(p + plane)}; }
+  static X four(const int8_t* p, int64_t plane) { return {Avx::four(p), Avx::four(p + plane)}; }
+  static Acc start(int32_t bonus) { return _mm256_set1_epi32(bonus); }
+  static Acc step(Acc acc, Code w, X x) {
+    const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_xor_si256(w, x.mask));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
   static __m256i finish(Acc acc) { return acc; }
-  static int32_t start_of(const int8_t*) { return 0; }
 };
+using PanelDot8 = Dot8;
 
 struct Dot4 {
   static constexpr bool kWide = false;
   static constexpr int kTileRows = 6;
-  static constexpr int kElement = 1;
+  static constexpr int kUnit = 4;
+  static constexpr int kPlanes = 1;
   static constexpr int32_t kOffset = 8;
   using Acc = __m256i;
   using Code = __m256i;
-  static Acc none() { return _mm256_setzero_si256(); }
-  static Acc start(int32_t pair) { return _mm256_set1_epi32(pair); }
+  using X = __m256i;
   static Code ready(__m256i w) { return w; }
-  static Acc step(Acc acc, Code w, __m256i x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)); }
+  static X row(const int8_t* p, int64_t) { return Avx::load(p); }
+  static X four(const int8_t* p, int64_t) { return Avx::four(p); }
+  static Acc start(int32_t pair) { return _mm256_set1_epi32(pair); }
+  static Acc step(Acc acc, Code w, X x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)); }
   static __m256i finish(Acc acc) { return _mm256_madd_epi16(acc, _mm256_set1_epi16(1)); }
   // -8 times the activations that each of the two int16 of a lane adds up: at most 8 * 16 * 127 = 16256. The sum wraps
   // around on the way, but (code - 8) * x over a block fits.
-  static int32_t start_of(const int8_t* x) {
-    int32_t sums[2] = {0, 0};
-    for (int i = 0; i < kBlock; ++i) sums[i / 2 % 2] += x[i];
-    return static_cast<int32_t>((static_cast<uint32_t>(-8 * sums[0]) & 0xffff) | static_cast<uint32_t>(-8 * sums[1]) << 16);
+  static int32_t block_start(const int8_t* x) {
+    const __m256i eight = _mm256_maddubs_epi16(_mm256_set1_epi8(8), Avx::load(x));
+    __m128i s = _mm_add_epi16(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    s = _mm_add_epi16(s, _mm_shuffle_epi32(s, 0x4e));
+    s = _mm_add_epi16(s, _mm_shuffle_epi32(s, 0xb1));
+    return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), s));
+  }
+  static __m256i lane_starts(__m256i low, __m256i high) {
+    const __m256i eight = _mm256_set1_epi8(8);
+    const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(eight, low), _mm256_maddubs_epi16(eight, high));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(-1));
   }
 };
 using PanelDot4 = Dot4;

@@ -7,10 +7,9 @@
 namespace fewbit {
 namespace {
 
-struct Simd {
+struct Simd : AvxBlocks {
   static constexpr int kBytes = 64;
   static constexpr int kPackRows = 8;
-  static constexpr int kPrefetch = 2048;
   static constexpr int kPanelVectors = 2;
   using I = __m512i;
   using F = __m512;
@@ -20,6 +19,7 @@ struct Simd {
   static I load(const void* p) { return _mm512_loadu_si512(p); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static I all(int32_t v) { return _mm512_set1_epi32(v); }
   static F all(float v) { return _mm512_set1_ps(v); }
   static I four(const int8_t* p) {
@@ -41,24 +41,20 @@ struct Simd {
   static float sum(F v) {
     return Avx::sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)));
   }
-  template <int64_t Columns> static F spread(const float* p) {
-    static_assert(Columns == 64 || Columns == 128);
-    if constexpr (Columns == 64) {
-      return _mm512_insertf32x8(_mm512_set1_ps(p[0]), _mm256_set1_ps(p[1]), 1);
-    } else {
-      const __m512i place = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-      return _mm512_permutexvar_ps(place, _mm512_castps128_ps512(_mm_loadu_ps(p)));
-    }
+  static F load_bf16(const uint16_t* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
-  template <int64_t Columns> static I first_lanes(const int32_t* p) {
-    if constexpr (Columns == 64) {
-      return _mm512_maskz_expand_epi32(0x0101, _mm512_castsi128_si512(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-    } else {
-      return _mm512_maskz_expand_epi32(0x1111, _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-    }
+  static I first_lane(int32_t v) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(v)); }
+  template <int64_t Blocks> static F spread(F scale, int64_t first) {
+    static_assert(Blocks == 2 || Blocks == 4);
+    constexpr int a = Blocks == 4, b = Blocks / 2, c = Blocks - 1;
+    const I place = _mm512_add_epi32(_mm512_setr_epi32(0, 0, 0, 0, a, a, a, a, b, b, b, b, c, c, c, c),
+                                     _mm512_set1_epi32(static_cast<int>(first)));
+    return _mm512_permutexvar_ps(place, scale);
   }
-  template <int B, int Element> static void pack(const uint8_t* rows, int64_t row_bytes, uint8_t* out, int64_t step_bytes) {
-    Avx::pack<B, Element>(rows, row_bytes, out, step_bytes);
+  template <int B> static void pack(const uint8_t* rows, int64_t row_bytes, uint8_t* out, int64_t step_bytes) {
+    Avx::pack<B>(rows, row_bytes, out, step_bytes);
   }
   static void nibbles16(const uint8_t* bytes, uint8_t* out) { Avx::nibbles16(bytes, out); }
 };
@@ -66,16 +62,22 @@ struct Simd {
 template <int32_t Offset> struct Dot {
   static constexpr bool kWide = true;
   static constexpr int kTileRows = 8;
-  static constexpr int kElement = 1;
+  static constexpr int kUnit = 4;
+  static constexpr int kPlanes = 1;
   static constexpr int32_t kOffset = Offset;
   using Acc = __m512i;
   using Code = __m512i;
-  static Acc none() { return _mm512_setzero_si512(); }
-  static Acc start(int32_t sum) { return _mm512_set1_epi32(sum); }
+  using X = __m512i;
   static Code ready(__m512i w) { return Offset == 128 ? _mm512_xor_si512(w, _mm512_set1_epi8(-128)) : w; }
-  static Acc step(Acc acc, Code w, __m512i x) { return _mm512_dpbusd_epi32(acc, w, x); }
+  static X row(const int8_t* p, int64_t) { return Simd::load(p); }
+  static X four(const int8_t* p, int64_t) { return Simd::four(p); }
+  static Acc start(int32_t sum) { return _mm512_set1_epi32(sum); }
+  static Acc step(Acc acc, Code w, X x) { return _mm512_dpbusd_epi32(acc, w, x); }
   static __m512i finish(Acc acc) { return acc; }
-  static int32_t start_of(const int8_t*) { return 0; }
+  static __m512i lane_starts(__m512i low, __m512i high) {
+    const __m512i offset = _mm512_set1_epi8(static_cast<char>(Offset));
+    return _mm512_sub_epi32(Simd::zero(), _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(Simd::zero(), offset, low), offset, high));
+  }
 };
 using Dot8 = Dot<128>;
 using Dot4 = Dot<8>;

@@ -8,10 +8,71 @@
 namespace fewbit {
 namespace {
 
-struct Avx {
+// The steps of quantizing activations, kBlock at a time: see Plain.
+struct AvxBlocks {
+  static float largest(const float* x) {
+    const __m256i positive = _mm256_set1_epi32(0x7fffffff);
+    __m256i most = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+      most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x + 8 * i)), positive));
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return float_of(_mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
+  }
+  // x * (1 / scale) is off from x / scale by less than 2e-5 here: only next to a tie does it take the division to round
+  // as the definition does.
+  static void encode(const float* x, float scale, int8_t* codes) {
+    const __m256 inverse = _mm256_set1_ps(1 / scale), positive = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 n[4], off = _mm256_setzero_ps();
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m256 quotient = _mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), inverse);
+      n[i] = _mm256_round_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      off = _mm256_max_ps(off, _mm256_and_ps(_mm256_sub_ps(quotient, n[i]), positive));
+    }
+    if (_mm256_movemask_ps(_mm256_cmp_ps(off, _mm256_set1_ps(0.4999f), _CMP_GT_OQ))) {
+      for (int i = 0; i < 4; ++i) {
+        const __m256 quotient = _mm256_div_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(scale));
+        n[i] = _mm256_round_ps(quotient, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      }
+    }
+    const __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(n[0]), _mm256_cvtps_epi32(n[1]));
+    const __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(n[2]), _mm256_cvtps_epi32(n[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m256i q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), q);
+  }
+  static int32_t sum_codes(const int8_t* codes) {
+    return sum_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  }
+  static int32_t sum_of(__m256i q) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
+  static int32_t split_signs(int8_t* codes, int8_t* masks) {
+    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m256i mask = _mm256_cmpgt_epi8(_mm256_setzero_si256(), q);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_abs_epi8(q));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(masks), mask);
+    return -sum_of(_mm256_and_si256(q, mask));
+  }
+  static void split(const int8_t* codes, int8_t* even, int8_t* odd) {
+    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m256i order = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, //
+                                           0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(q, order), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(even), _mm256_castsi256_si128(both));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(odd), _mm256_extracti128_si256(both, 1));
+  }
+};
+
+struct Avx : AvxBlocks {
   static constexpr int kBytes = 32;
   static constexpr int kPackRows = 8;
-  static constexpr int kPrefetch = 2048; // bytes ahead in a stream of weights
   using I = __m256i;
   using F = __m256;
 
@@ -22,6 +83,8 @@ struct Avx {
   static I load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static void store(uint8_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static I all(int32_t v) { return _mm256_set1_epi32(v); }
   static F all(float v) { return _mm256_set1_ps(v); }
   static I four(const int8_t* p) { // the same four codes in every lane
@@ -49,20 +112,20 @@ struct Avx {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
 
-  // One value a block of 32 columns, in all lanes of the block, for a vector of `Columns` columns.
-  template <int64_t Columns> static F spread(const float* p) {
-    static_assert(Columns == 32 || Columns == 64);
-    if constexpr (Columns == 32) return _mm256_set1_ps(*p);
-    return _mm256_setr_m128(_mm_set1_ps(p[0]), _mm_set1_ps(p[1]));
+  static F load_bf16(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
-  // One value a block, in the block's first lane.
-  template <int64_t Columns> static I first_lanes(const int32_t* p) {
-    if constexpr (Columns == 32) return _mm256_zextsi128_si256(_mm_cvtsi32_si128(p[0]));
-    return _mm256_setr_m128i(_mm_cvtsi32_si128(p[0]), _mm_cvtsi32_si128(p[1]));
+  static I first_lane(int32_t v) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(v)); }
+  // Of a vector of scales, one a block: those of `Blocks` blocks from `first` on, each in the lanes of its block.
+  template <int64_t Blocks> static F spread(F scale, int64_t first) {
+    static_assert(Blocks == 2);
+    const I place = _mm256_add_epi32(_mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1), _mm256_set1_epi32(static_cast<int>(first)));
+    return _mm256_permutevar8x32_ps(scale, place);
   }
 
-  // kBlock columns of 8 rows, as [kBlock * Element / 4][8 rows][4 bytes], `step_bytes` apart.
-  template <int B, int Element> static void pack(const uint8_t* rows, int64_t row_bytes, uint8_t* out, int64_t step_bytes) {
+  // kBlock columns of 8 rows, as [kBlock / 4][8 rows][4], `step_bytes` apart.
+  template <int B> static void pack(const uint8_t* rows, int64_t row_bytes, uint8_t* out, int64_t step_bytes) {
     I r[8], t[8];
 #pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
@@ -90,22 +153,10 @@ struct Avx {
     for (int i = 0; i < 4; ++i) {
       const I low = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
       const I high = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
-      put<Element>(low, out, i, step_bytes);
-      put<Element>(high, out, i + 4, step_bytes);
+      store(out + i * step_bytes, low);
+      store(out + (i + 4) * step_bytes, high);
     }
   }
-  template <int Element> static void put(I codes, uint8_t* out, int64_t step, int64_t step_bytes) {
-    if constexpr (Element == 1) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + step * step_bytes), codes);
-    } else { // the first two codes of each lane as int16, then the last two
-      const I first = _mm256_srai_epi16(_mm256_unpacklo_epi8(codes, codes), 8);
-      const I second = _mm256_srai_epi16(_mm256_unpackhi_epi8(codes, codes), 8);
-      const __m256 a = _mm256_castsi256_ps(first), b = _mm256_castsi256_ps(second);
-      _mm256_storeu_ps(reinterpret_cast<float*>(out + 2 * step * step_bytes), _mm256_shuffle_ps(a, b, 0x88));
-      _mm256_storeu_ps(reinterpret_cast<float*>(out + (2 * step + 1) * step_bytes), _mm256_shuffle_ps(a, b, 0xdd));
-    }
-  }
-
   static void nibbles16(const uint8_t* bytes, uint8_t* out) {
     const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
     const __m128i both = _mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4));

@@ -11,16 +11,22 @@ struct Simd : Avx {
 template <int32_t Offset> struct Dot {
   static constexpr bool kWide = true;
   static constexpr int kTileRows = 5;
-  static constexpr int kElement = 1;
+  static constexpr int kUnit = 4;
+  static constexpr int kPlanes = 1;
   static constexpr int32_t kOffset = Offset;
   using Acc = __m256i;
   using Code = __m256i;
-  static Acc none() { return _mm256_setzero_si256(); }
-  static Acc start(int32_t sum) { return _mm256_set1_epi32(sum); }
+  using X = __m256i;
   static Code ready(__m256i w) { return Offset == 128 ? _mm256_xor_si256(w, _mm256_set1_epi8(-128)) : w; }
-  static Acc step(Acc acc, Code w, __m256i x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
+  static X row(const int8_t* p, int64_t) { return Simd::load(p); }
+  static X four(const int8_t* p, int64_t) { return Simd::four(p); }
+  static Acc start(int32_t sum) { return _mm256_set1_epi32(sum); }
+  static Acc step(Acc acc, Code w, X x) { return _mm256_dpbusd_avx_epi32(acc, w, x); }
   static __m256i finish(Acc acc) { return acc; }
-  static int32_t start_of(const int8_t*) { return 0; }
+  static __m256i lane_starts(__m256i low, __m256i high) {
+    const __m256i offset = _mm256_set1_epi8(static_cast<char>(Offset));
+    return _mm256_sub_epi32(Simd::zero(), _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(Simd::zero(), offset, low), offset, high));
+  }
 };
 using Dot8 = Dot<128>;
 using Dot4 = Dot<8>;

@@ -36,7 +36,7 @@ extern const Kernels kNeonI8mm;
 namespace {
 
 #ifdef __aarch64__
-bool has(const char* feature) {
+[[maybe_unused]] bool has(const char* feature) {
 #ifdef __APPLE__
   int value = 0;
   size_t size = sizeof(value);
@@ -48,7 +48,8 @@ bool has(const char* feature) {
 }
 #endif
 
-// What this CPU can run, the best first.
+} // namespace
+
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
@@ -76,6 +77,8 @@ std::vector<const Kernels*> available() {
   found.push_back(&kScalar);
   return found;
 }
+
+namespace {
 
 const Kernels& chosen() {
   const auto found = available();

@@ -11,7 +11,8 @@ namespace {
 inline float exp_of(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
-  const float n = __builtin_rintf(x * 1.44269504088896341f);
+  const float rounded = x * 1.44269504088896341f + 12582912.0f; // an integer, in the lowest bits; safe for a NaN, too
+  const float n = rounded - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -20,7 +21,7 @@ inline float exp_of(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return p * float_of((bits_of(rounded) + 127) << 23);
 }
 
 inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
@@ -82,8 +83,7 @@ inline void activate(float* y, int64_t count, Activation activation) {
 }
 
 inline uint16_t to_bf16(float x) { // half to even, NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = bits_of(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
 }
@@ -100,13 +100,14 @@ inline void finish_row(float* sums, int64_t count, const Output& y, int64_t row,
     uint16_t* out = static_cast<uint16_t*>(y.data) + place;
     for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(sums[i]);
   } else {
-    _Float16* out = static_cast<_Float16*>(y.data) + place;
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<_Float16>(sums[i]);
+    Half* out = static_cast<Half*>(y.data) + place;
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Half>(sums[i]);
   }
 }
 
 // One step of an LSTM (gates i, f, g, o) and of a GRU (r, z, n) for some hidden units of one sequence, as torch has them.
-void lstm(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h, float* c) {
+void lstm(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* __restrict h,
+          float* __restrict c) {
   for (int64_t j = begin; j < end; ++j) {
     const float i = sigmoid_of(input[j] + recurrent[j]);
     const float f = sigmoid_of(input[hidden + j] + recurrent[hidden + j]);
@@ -118,7 +119,7 @@ void lstm(const float* input, const float* recurrent, int64_t hidden, int64_t be
   }
 }
 
-void gru(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h) {
+void gru(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* __restrict h) {
   for (int64_t j = begin; j < end; ++j) {
     const float r = sigmoid_of(input[j] + recurrent[j]);
     const float z = sigmoid_of(input[hidden + j] + recurrent[hidden + j]);

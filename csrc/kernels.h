@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace fewbit {
 
@@ -33,13 +34,14 @@ struct Weight {
   const int8_t* zero_point; // of the scales' shape; null where all are 0
 };
 
-// Activations quantized to int8, symmetric.
-struct Input {
-  const int8_t* codes; // rows filled up with zeros; for 4-bit weights in an order of their own, for some panels int16
-  int64_t stride;      // bytes from row to row
-  const float* scale;     // [rows, groups]
-  const int32_t* sums;    // [rows, groups]: sums of codes
-  const int32_t* starts;  // [rows, starts_stride]: what accumulators start from (see Dot in multiply_inl.h)
+// Activations quantized to int8, symmetric. Each row has what its products need; see multiply_inl.h.
+struct Quantized {
+  int8_t* codes;   // [rows, stride], rows filled up with zeros
+  int64_t stride;
+  float* scale;    // [rows, groups]
+  int32_t* sums;   // [rows, groups]: sums of codes
+  int32_t* bonus;  // [rows, groups]: to be added to sums of products
+  int32_t* starts; // [rows, starts_stride]: what accumulators start from
   int64_t starts_stride;
   int64_t rows;
 };
@@ -53,16 +55,6 @@ struct Output {
   Activation activation;
 };
 
-// Where `quantize` writes; the counterpart of Input.
-struct Quantized {
-  int8_t* codes;
-  int64_t stride;
-  float* scale;
-  int32_t* sums;
-  int32_t* starts;
-  int64_t starts_stride;
-};
-
 struct Kernels {
   const char* name;
   int64_t panel_columns; // output channels that are computed together from a packed panel
@@ -71,16 +63,16 @@ struct Kernels {
   // Row `row` of x, read with `type`, to codes, scales and sums; the order of codes is that of `gemv` or of panels.
   void (*quantize)(const void* x, Type type, int64_t row, int64_t columns, int64_t input_group, const Weight&, bool gemv,
                    const Quantized&);
-  int64_t (*starts)(const Weight&);                 // int32 a row that `quantize` writes to starts, for panels
-  int64_t (*code_bytes)(const Weight&, bool gemv); // of an activation's code
+  int64_t (*code_bytes)(const Weight&); // that `quantize` writes to codes, a row
+  int64_t (*starts)(const Weight&);     // int32 that it writes to starts, a row
 
   // Output channels [begin, end) for all rows of the input (at most gemv_rows).
-  void (*gemv)(const Weight&, const Input&, int64_t begin, int64_t end, const Output&);
+  void (*gemv)(const Weight&, const Quantized&, int64_t begin, int64_t end, const Output&);
 
   int64_t (*panel_bytes)(const Weight&);
   void (*pack)(const Weight&, int64_t first, void* panel);
   // Output channels of the panel for the input's rows [begin, end).
-  void (*multiply)(const Weight&, int64_t first, const void* panel, const Input&, int64_t begin, int64_t end, const Output&);
+  void (*multiply)(const Weight&, int64_t first, const void* panel, const Quantized&, int64_t begin, int64_t end, const Output&);
 
   // Activations stay float: output channels [begin, end) for all `rows` of x [rows, columns].
   void (*linear_float)(const Weight&, const float* x, int64_t rows, int64_t begin, int64_t end, float* scratch,
@@ -98,6 +90,7 @@ struct Kernels {
 
 float* row_scratch(int64_t count); // this thread's, valid until its next call
 
-const Kernels& kernels(); // the best that this CPU has, or what FEWBIT_ISA names
+const Kernels& kernels();                // the best that this CPU has, or what FEWBIT_ISA names
+std::vector<const Kernels*> available(); // all that it has, the best first
 
 } // namespace fewbit

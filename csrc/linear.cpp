@@ -61,36 +61,34 @@ const float* floats_of(const std::optional<Tensor>& x, int64_t size, const char*
   return static_cast<const float*>(keep->const_data_ptr());
 }
 
-Quantized quantized_buffers(const Weight& w, int64_t rows, bool gemv, Scratch& scratch) {
+Quantized quantized_buffers(const Weight& w, int64_t rows, Scratch& scratch) {
   // Not a multiple of a page, so that the rows of a tile do not fight for the same places in the cache.
-  const int64_t stride = round_up(w.columns, kPadding) * kernels().code_bytes(w, gemv) + 64;
-  const int64_t starts = kernels().starts(w);
+  const int64_t stride = round_up(kernels().code_bytes(w), 64) + 64, starts = kernels().starts(w);
   const size_t codes = rows * stride, scales = rows * w.groups * 4;
-  uint8_t* memory = static_cast<uint8_t*>(scratch.get(codes + 2 * scales + rows * starts * 4 + 64));
+  uint8_t* memory = static_cast<uint8_t*>(scratch.get(codes + 3 * scales + rows * starts * 4));
+  const auto ints = [&](size_t place) { return reinterpret_cast<int32_t*>(memory + place); };
+  float* scale = reinterpret_cast<float*>(memory + codes);
   return {reinterpret_cast<int8_t*>(memory),
           stride,
-          reinterpret_cast<float*>(memory + codes),
-          reinterpret_cast<int32_t*>(memory + codes + scales),
-          reinterpret_cast<int32_t*>(memory + codes + 2 * scales),
-          starts};
-}
-
-Input input_of(const Quantized& q, int64_t rows) {
-  return {q.codes, q.stride, q.scale, q.sums, q.starts, q.starts_stride, rows};
+          scale,
+          ints(codes + scales),
+          ints(codes + 2 * scales),
+          ints(codes + 3 * scales),
+          starts,
+          rows};
 }
 
 void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int64_t input_group, const Output& y) {
   thread_local Scratch activations, panels;
   const Kernels& k = kernels();
   const bool gemv = rows <= k.gemv_rows;
-  const Quantized q = quantized_buffers(w, rows, gemv, activations);
+  const Quantized q = quantized_buffers(w, rows, activations);
   in_parallel(rows, rows * w.columns * 16, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) k.quantize(x, type, row, w.columns, input_group, w, gemv, q);
   });
-  const Input in = input_of(q, rows);
   const int64_t work = rows * w.rows * w.columns;
   if (gemv) {
-    in_parallel(w.rows, work, [&](int64_t begin, int64_t end) { k.gemv(w, in, begin, end, y); });
+    in_parallel(w.rows, work, [&](int64_t begin, int64_t end) { k.gemv(w, q, begin, end, y); });
   } else {
     // Panels are the unit of work; where they are few, each is shared out by rows, and packed by each who has a part of it.
     const int64_t columns = ceil_div(w.rows, k.panel_columns);
@@ -104,7 +102,7 @@ void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int6
         const int64_t column = task / shares, first = column * k.panel_columns, top = task % shares * share;
         if (column != packed) k.pack(w, first, panel);
         packed = column;
-        k.multiply(w, first, panel, in, top, std::min(top + share, rows), y);
+        k.multiply(w, first, panel, q, top, std::min(top + share, rows), y);
       }
     });
   }

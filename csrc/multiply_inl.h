@@ -1,24 +1,30 @@
-// Matrix products with int8 activations. Included once by each instruction set's file, after its `Simd`, `Dot8` and
-// `Dot4`. All accumulators are exact: no instruction that could saturate is ever given operands that make it.
+// Matrix products with int8 activations. Included once by each instruction set's file, after its `Simd` and the four below.
+// All accumulators are exact: no instruction that could saturate is ever given operands that make it.
 //
 // Simd   vectors of `kBytes` bytes, which hold kLanes int32 or float. `pin` says that a sum is to be ready here, in a
 //        register: compilers otherwise regroup long sums, and run out of registers.
 // Dot8, Dot4             how products of 8- and 4-bit weights with int8 activations are added up, for stored rows;
 // PanelDot8, PanelDot4   the same for packed panels:
-//   Acc, Code       an accumulator; weight codes made ready
+//   Acc, Code, X    an accumulator; weight codes and activations made ready
 //   kWide           whether an accumulator holds int32 and can go on over blocks; else it holds int16, one block at most
 //   kTileRows       rows of activations that are multiplied with a panel together, as many as registers allow
-//   kElement        bytes of a code, of weights and activations, in panels: 1, or 2 where they are widened to int16
+//   kUnit           neighbouring codes of a channel that lie together in a panel
+//   add             optional, for panels and wide sums: a loop of its own over columns [begin, end) of R rows; else kUnit is 4
+//   kPlanes         1, or 2 where activations are kept as two arrays: magnitudes and masks of signs
 //   kOffset         added to signed weight codes: their zero point is that much higher
 //   ready(bytes)    codes as loaded (for 4 bits: one to a byte, 0 to 15)
-//   start(int32)    an accumulator that starts from one of Input::starts in all lanes
+//   row(p, plane)   a vector of activations; four(p, plane) the same four in every lane
+//   start(int32)    an accumulator that starts from this in all lanes
 //   step(acc, w, x) adds w * x, the products of four bytes to a lane
 //   finish(acc)     int32 lanes
-//   start_of(codes) if not kWide: the value for `start` that takes kOffset * sum of a block's activations away
+//   block_start(codes)      if not kWide: the value for `start` that takes kOffset * sum of a block's activations away
+//   lane_starts(low, high)  what takes kOffset * sum of the activations of two vectors away from a vector of sums
 #pragma once
 
-#include "quantize_inl.h"
+#include <utility>
+
 #include "epilogue_inl.h"
+#include "quantize_inl.h"
 
 namespace fewbit {
 namespace {
@@ -27,59 +33,87 @@ constexpr int64_t kLanes = Simd::kBytes / 4;
 constexpr int64_t kColumns = kLanes * Simd::kPanelVectors;
 constexpr int64_t kRowsAtMost = 4; // of gemv
 
+template <class D, class = void> constexpr bool kAdds = false;
+template <class D> constexpr bool kAdds<D, decltype(void(&D::template add<1>))> = true;
+
 inline float weight_scale(const Weight& w, int64_t row, int64_t group) {
   const int64_t i = row * w.scale_stride + (w.scale_stride == 1 ? 0 : group);
   if (w.scale_type == Type::f32) return static_cast<const float*>(w.scale)[i];
   return float_of(static_cast<uint32_t>(static_cast<const uint16_t*>(w.scale)[i]) << 16);
 }
 
-// Scales of a row, one a group.
-inline void weight_scales(const Weight& w, int64_t row, float* out) {
-  if (w.scale_stride == 1) {
-    const float scale = weight_scale(w, row, 0);
-    for (int64_t g = 0; g < w.groups; ++g) out[g] = scale;
-  } else if (w.scale_type == Type::f32) {
-    const float* scale = static_cast<const float*>(w.scale) + row * w.groups;
-    for (int64_t g = 0; g < w.groups; ++g) out[g] = scale[g];
-  } else {
-    const uint16_t* scale = static_cast<const uint16_t*>(w.scale) + row * w.groups;
-    for (int64_t g = 0; g < w.groups; ++g) out[g] = float_of(static_cast<uint32_t>(scale[g]) << 16);
-  }
+// f(0), f(1), ... f(Count - 1), each with a constant.
+template <class F, int64_t... I>
+__attribute__((always_inline)) inline void call_with(const F& f, std::integer_sequence<int64_t, I...>) {
+  (f(std::integral_constant<int64_t, I>()), ...);
+}
+template <int64_t Count, class F> __attribute__((always_inline)) inline void for_each_of(const F& f) {
+  call_with(f, std::make_integer_sequence<int64_t, Count>());
 }
 
 inline int32_t zero_point(const Weight& w, int64_t row, int64_t group) {
   return w.zero_point[row * w.scale_stride + (w.scale_stride == 1 ? 0 : group)];
 }
 
-template <class D> int64_t starts_of(const Weight& w) { return D::kWide ? w.groups : ceil_div(w.columns, kBlock); }
+// ---- activations
 
-int64_t starts(const Weight& w) { return w.bits == 8 ? starts_of<PanelDot8>(w) : starts_of<PanelDot4>(w); }
+inline int64_t plane_of(const Weight& w) { return round_up(w.columns, kPadding); }
 
-int64_t code_bytes(const Weight& w, bool gemv) { return gemv ? 1 : w.bits == 8 ? PanelDot8::kElement : PanelDot4::kElement; }
+template <class D> constexpr bool starts_by_block() { return !D::kWide; }
 
-// What panels need beyond the codes, for one row; widens the codes if the panel's are wide.
-template <class D> void ready_for_panels(const Weight& w, int8_t* codes, const int32_t* sums, int32_t* starts, int64_t count) {
-  if constexpr (D::kWide) {
-    for (int64_t g = 0; g < w.groups; ++g) starts[g] = w.zero_point ? 0 : -D::kOffset * sums[g];
-  } else {
-    const int64_t blocks = starts_of<D>(w);
-    for (int64_t b = 0; b < blocks; ++b) starts[b] = w.zero_point ? 0 : D::start_of(codes + b * kBlock);
-  }
-  if (D::kElement == 2) { // from the end, so that nothing is overwritten before it is read
-    for (int64_t i = count - kBlock; i >= 0; i -= kBlock) {
-      int16_t wide[kBlock];
-      for (int64_t j = 0; j < kBlock; ++j) wide[j] = codes[i + j];
-      std::memcpy(codes + 2 * i, wide, sizeof(wide));
+// Whether gemv takes groups of kBlock of which a vector has several.
+template <int B> constexpr bool kBlocksInVector = Simd::kBytes * 8 / B > kBlock;
+template <int B> bool in_blocks(const Weight& w) {
+  return kBlocksInVector<B> && w.group == kBlock && w.groups >= kLanes && !w.zero_point && w.scale_stride > 1;
+}
+
+// int32 a row: for panels a start for each group or block, for rows that are read as stored lanes of sums.
+template <class D, class P> int64_t starts_of(const Weight& w) {
+  const int64_t panel = starts_by_block<P>() ? ceil_div(w.columns, kBlock) : w.groups;
+  return panel > plane_of(w) / 4 ? panel : plane_of(w) / 4;
+}
+
+int64_t code_bytes(const Weight& w) {
+  return plane_of(w) * (w.bits == 8 ? Dot8::kPlanes : Dot4::kPlanes);
+}
+
+int64_t starts(const Weight& w) { return w.bits == 8 ? starts_of<Dot8, PanelDot8>(w) : starts_of<Dot4, PanelDot4>(w); }
+
+// The codes of a row are written: split them in planes, and find what sums are to start from.
+template <class D, class P, int B>
+void finish_codes(const Weight& w, bool gemv, int8_t* codes, int32_t* sums, int32_t* bonus, int32_t* starts) {
+  static_assert(D::kPlanes == P::kPlanes);
+  const int64_t plane = plane_of(w), blocks = ceil_div(w.columns, kBlock), per_group = w.group / kBlock;
+  for (int64_t g = 0; g < w.groups; ++g) bonus[g] = 0;
+  if constexpr (D::kPlanes == 2) {
+    for (int64_t b = 0, g = 0, left = per_group; b < blocks; ++b) {
+      bonus[g] += Simd::split_signs(codes + b * kBlock, codes + plane + b * kBlock);
+      if (--left == 0) left = per_group, ++g;
     }
+    for (int64_t k = blocks * kBlock; k < plane; k += kBlock) Simd::split_signs(codes + k, codes + plane + k);
+  }
+  if (gemv) {
+    if constexpr (kBlocksInVector<B>) {
+      if (!in_blocks<B>(w)) return;
+      constexpr int64_t kStep = Simd::kBytes * 8 / B;
+      for (int64_t k = 0; k < w.columns; k += kStep) {
+        const typename Simd::I low = Simd::load(codes + k), high = B == 4 ? Simd::load(codes + k + Simd::kBytes) : Simd::zero();
+        Simd::store(starts + k / kStep * kLanes, D::lane_starts(low, high));
+      }
+    }
+  } else if constexpr (starts_by_block<P>()) {
+    for (int64_t b = 0; b < blocks; ++b) starts[b] = w.zero_point ? 0 : P::block_start(codes + b * kBlock);
+  } else {
+    for (int64_t g = 0; g < w.groups; ++g) starts[g] = bonus[g] - (w.zero_point ? 0 : P::kOffset * sums[g]);
   }
 }
 
 void quantize(const void* x, Type type, int64_t row, int64_t columns, int64_t input_group, const Weight& w, bool gemv,
               const Quantized& out) {
   int8_t* codes = out.codes + row * out.stride;
-  float* scale = out.scale + row * w.groups;
   int32_t* sums = out.sums + row * w.groups;
-  const int64_t count = round_up(columns, kPadding);
+  int32_t* bonus = out.bonus + row * w.groups;
+  int32_t* starts = out.starts + row * out.starts_stride;
   const float* in;
   if (type == Type::f32) {
     in = static_cast<const float*>(x) + row * columns;
@@ -88,34 +122,32 @@ void quantize(const void* x, Type type, int64_t row, int64_t columns, int64_t in
     convert_to_float(static_cast<const uint16_t*>(x) + row * columns, type, columns, converted);
     in = converted;
   }
-  quantize_row(in, columns, input_group, w.group, w.groups, codes, count, scale, sums);
-  if (w.bits == 4) split_even_odd(codes, count, gemv ? Simd::kBytes : kBlock / 2);
-  if (gemv) return;
-  int32_t* starts = out.starts + row * out.starts_stride;
+  const int64_t half = w.bits == 8 ? 0 : gemv ? Simd::kBytes : kBlock / 2;
+  quantize_row<Simd>(in, columns, plane_of(w), input_group, w.group, w.groups, half, codes, out.scale + row * w.groups, sums);
   if (w.bits == 8) {
-    ready_for_panels<PanelDot8>(w, codes, sums, starts, count);
+    finish_codes<Dot8, PanelDot8, 8>(w, gemv, codes, sums, bonus, starts);
   } else {
-    ready_for_panels<PanelDot4>(w, codes, sums, starts, count);
+    finish_codes<Dot4, PanelDot4, 4>(w, gemv, codes, sums, bonus, starts);
   }
 }
 
-// ---- many rows: panels of kColumns output channels, packed four bytes of a channel after four of the next, with scales and
-// zero points after them
+// ---- many rows: panels of kColumns output channels, packed kUnit codes of a channel after kUnit of the next, with scales
+// and zero points after them
 
 struct Panel {
-  uint8_t* codes;       // [columns rounded up to kBlock * kElement / 4][kColumns][4 bytes]
-  float* scale;         // [groups][kColumns]
-  int32_t* zero_point;  // [groups][kColumns], with kOffset; only if the weight has zero points
+  uint8_t* codes;      // [columns rounded up to kBlock / kUnit][kColumns][kUnit]
+  float* scale;        // [groups][kColumns]
+  int32_t* zero_point; // [groups][kColumns], with kOffset; only if the weight has zero points
 };
 
 inline Panel panel_of(const Weight& w, void* memory) {
   uint8_t* bytes = static_cast<uint8_t*>(memory);
-  const int64_t codes = round_up(w.columns, kBlock) * kColumns * code_bytes(w, false), scales = w.groups * kColumns;
+  const int64_t codes = round_up(w.columns, kBlock) * kColumns, scales = w.groups * kColumns;
   return {bytes, reinterpret_cast<float*>(bytes + codes), reinterpret_cast<int32_t*>(bytes + codes + scales * 4)};
 }
 
 int64_t panel_bytes(const Weight& w) {
-  return round_up(w.columns, kBlock) * kColumns * code_bytes(w, false) + w.groups * kColumns * (w.zero_point ? 8 : 4);
+  return round_up(w.columns, kBlock) * kColumns + w.groups * kColumns * (w.zero_point ? 8 : 4);
 }
 
 // Codes [begin, begin + kBlock) of a row, one to a byte, in the order that activations have; zeros beyond the row.
@@ -140,29 +172,21 @@ template <int B> inline void block_codes(const Weight& w, int64_t row, int64_t b
 }
 
 template <class D, int B> void pack_codes(const Weight& w, int64_t first, uint8_t* out) {
-  constexpr int64_t kElement = D::kElement, kStep = 4 / kElement;
+  constexpr int64_t kUnit = D::kUnit, kStep = kColumns * kUnit;
   const int64_t valid = w.rows - first < kColumns ? w.rows - first : kColumns;
   const int64_t whole = w.row_bytes / (kBlock * B / 8) * kBlock; // columns whose blocks can be read directly
   for (int64_t n = 0; n < kColumns; n += Simd::kPackRows) {
     const bool full = n + Simd::kPackRows <= valid;
     for (int64_t k = 0; k < w.columns; k += kBlock) {
-      uint8_t* to = out + k * kElement * kColumns + n * 4;
+      uint8_t* to = out + k * kColumns + n * kUnit;
       if (full && k < whole) {
-        Simd::template pack<B, kElement>(w.codes + (first + n) * w.row_bytes + k * B / 8, w.row_bytes, to, kColumns * 4);
+        Simd::template pack<B>(w.codes + (first + n) * w.row_bytes + k * B / 8, w.row_bytes, to, kStep);
         continue;
       }
       for (int64_t i = 0; i < Simd::kPackRows; ++i) {
         uint8_t codes[kBlock] = {};
         if (n + i < valid) block_codes<B>(w, first + n + i, k, codes);
-        for (int64_t s = 0; s < kBlock / kStep; ++s) {
-          uint8_t* four = to + s * kColumns * 4 + i * 4;
-          if (kElement == 1) {
-            std::memcpy(four, codes + s * 4, 4);
-          } else {
-            const int16_t wide[2] = {static_cast<int8_t>(codes[s * 2]), static_cast<int8_t>(codes[s * 2 + 1])};
-            std::memcpy(four, wide, 4);
-          }
-        }
+        for (int64_t s = 0; s < kBlock / kUnit; ++s) std::memcpy(to + s * kStep + i * kUnit, codes + s * kUnit, kUnit);
       }
     }
   }
@@ -187,8 +211,9 @@ void pack(const Weight& w, int64_t first, void* memory) {
 
 // out[r][n] += (total[r][n] - zero point * sum of activations) * scales, for group g of a panel.
 template <int R, bool Z>
-inline void scale_group(const Weight& w, const Panel& panel, const Input& in, int64_t row, int64_t g,
-                        typename Simd::I (&total)[R][Simd::kPanelVectors], float* out) {
+__attribute__((always_inline)) inline void scale_group(const Weight& w, const Panel& panel, const Quantized& in, int64_t row,
+                                                       int64_t g, typename Simd::I (&total)[R][Simd::kPanelVectors],
+                                                       typename Simd::F (&out)[R][Simd::kPanelVectors]) {
   constexpr int V = Simd::kPanelVectors;
   typename Simd::F b[V];
 #pragma GCC unroll 4
@@ -203,80 +228,107 @@ inline void scale_group(const Weight& w, const Panel& panel, const Input& in, in
         const typename Simd::I z = Simd::load(panel.zero_point + g * kColumns + v * kLanes);
         sum = Simd::subtract(sum, Simd::multiply(z, Simd::all(in.sums[(row + r) * w.groups + g])));
       }
-      float* to = out + r * kColumns + v * kLanes;
-      Simd::store(to, Simd::fma(Simd::times(Simd::to_float(sum), a), b[v], Simd::load(to)));
+      out[r][v] = Simd::fma(Simd::times(Simd::to_float(sum), a), b[v], out[r][v]);
     }
+  }
+}
+
+// One step of R rows: four activations of each times the codes of kColumns channels.
+template <class D, int R>
+__attribute__((always_inline)) inline void tile_step(typename D::Acc (&acc)[R][Simd::kPanelVectors], const uint8_t* codes,
+                                                     const int8_t* const (&x)[R], int64_t k, int64_t plane) {
+  constexpr int V = Simd::kPanelVectors;
+  typename D::Code c[V];
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) c[v] = D::ready(Simd::load(codes + v * Simd::kBytes));
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const typename D::X four = D::four(x[r] + k, plane);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      acc[r][v] = D::step(acc[r][v], c[v], four);
+      Simd::pin(acc[r][v]);
+    }
+  }
+}
+
+// Sums over columns [begin, end) of group g: total [R][V], exact.
+template <class D, int R>
+__attribute__((always_inline)) inline void tile_group(const uint8_t* codes, const int8_t* const (&x)[R],
+                                                      const int32_t* const (&start)[R], int64_t plane, int64_t g,
+                                                      int64_t begin, int64_t end,
+                                                      typename Simd::I (&total)[R][Simd::kPanelVectors]) {
+  constexpr int V = Simd::kPanelVectors;
+  codes += begin * kColumns;
+  if constexpr (kAdds<D>) {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) total[r][v] = Simd::all(start[r][g]);
+    D::template add<R>(codes, x, begin, end, total);
+  } else {
+    typename D::Acc acc[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) acc[r][v] = D::start(start[r][starts_by_block<D>() ? begin / kBlock : g]);
+    if constexpr (D::kWide) {
+      for (int64_t k = begin; k < end; k += 16, codes += 16 * kColumns) {
+#pragma GCC unroll 4
+        for (int s = 0; s < 4; ++s) tile_step<D, R>(acc, codes + s * 4 * kColumns, x, k + s * 4, plane);
+      }
+    } else {
+#pragma GCC unroll 8
+      for (int s = 0; s < kBlock / 4; ++s) tile_step<D, R>(acc, codes + s * 4 * kColumns, x, begin + s * 4, plane);
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) total[r][v] = D::finish(acc[r][v]);
   }
 }
 
 // R rows of activations times a panel: out [R][kColumns]. Z: there are zero points. OneBlock: groups are of kBlock.
 template <class D, int R, bool Z, bool OneBlock>
-void tile(const Weight& w, const Panel& panel, const Input& in, int64_t row, float* out) {
+void tile(const Weight& w, const Panel& panel, const Quantized& in, int64_t row, float* out) {
   constexpr int V = Simd::kPanelVectors;
-  constexpr int64_t kStep = 4 / D::kElement; // columns in four bytes
   const int8_t* x[R];
   const int32_t* start[R];
   for (int r = 0; r < R; ++r) {
     x[r] = in.codes + (row + r) * in.stride;
     start[r] = in.starts + (row + r) * in.starts_stride;
   }
-  for (int i = 0; i < R * kColumns; ++i) out[i] = 0;
-  const int64_t columns = round_up(w.columns, kBlock);
-  const uint8_t* codes = panel.codes;
-  typename D::Acc acc[R][V];
-  const auto begin_from = [&](int64_t i) {
+  typename Simd::F sums[R][V];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = D::start(start[r][i]);
-  };
-  const auto step = [&](int64_t k) {
-    typename D::Code c[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) c[v] = D::ready(Simd::load(codes + v * Simd::kBytes));
-    codes += kColumns * 4;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const typename Simd::I four = Simd::four(x[r] + k * D::kElement);
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) {
-        acc[r][v] = D::step(acc[r][v], c[v], four);
-        Simd::pin(acc[r][v]);
-      }
-    }
-  };
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t begin = g * w.group, end = begin + w.group < columns ? begin + w.group : columns;
+    for (int v = 0; v < V; ++v) sums[r][v] = Simd::all(0.0f);
+  const int64_t columns = round_up(w.columns, kBlock), plane = plane_of(w);
+  for (int64_t g = 0, begin = 0; g < w.groups; ++g) {
+    const int64_t end = OneBlock ? begin + kBlock : begin + w.group < columns ? begin + w.group : columns;
     typename Simd::I total[R][V];
-    if constexpr (D::kWide) {
-      begin_from(g);
-      for (int64_t k = begin; k < end; k += 4 * kStep) {
-#pragma GCC unroll 4
-        for (int s = 0; s < 4; ++s) step(k + s * kStep);
-      }
+    if constexpr (D::kWide || OneBlock) {
+      tile_group<D, R>(panel.codes, x, start, plane, g, begin, end, total);
     } else {
-      for (int64_t k = begin; k < end; k += kBlock) {
-        if (!OneBlock && k > begin) {
-          for (int r = 0; r < R; ++r)
-            for (int v = 0; v < V; ++v) total[r][v] = k == begin + kBlock ? D::finish(acc[r][v]) : Simd::add(total[r][v], D::finish(acc[r][v]));
-        }
-        begin_from(k / kBlock);
-#pragma GCC unroll 8
-        for (int s = 0; s < kBlock / kStep; ++s) step(k + s * kStep);
+      tile_group<D, R>(panel.codes, x, start, plane, g, begin, begin + kBlock, total);
+      for (int64_t k = begin + kBlock; k < end; k += kBlock) {
+        typename Simd::I more[R][V];
+        tile_group<D, R>(panel.codes, x, start, plane, g, k, k + kBlock, more);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+          for (int v = 0; v < V; ++v) total[r][v] = Simd::add(total[r][v], more[r][v]);
       }
     }
-    const bool more = !D::kWide && !OneBlock && end - begin > kBlock;
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < V; ++v)
-        total[r][v] = more ? Simd::add(total[r][v], D::finish(acc[r][v])) : D::finish(acc[r][v]);
-    scale_group<R, Z>(w, panel, in, row, g, total, out);
+    begin = end;
+    scale_group<R, Z>(w, panel, in, row, g, total, sums);
   }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) Simd::store(out + r * kColumns + v * kLanes, sums[r][v]);
 }
 
 template <class D, int R>
-void rows_of_panel(const Weight& w, int64_t first, const Panel& panel, const Input& in, int64_t row, int64_t rows,
+void rows_of_panel(const Weight& w, int64_t first, const Panel& panel, const Quantized& in, int64_t row, int64_t rows,
                    const Output& y) {
   if constexpr (R > 1) {
     if (rows < R) return rows_of_panel<D, R - 1>(w, first, panel, in, row, rows, y);
@@ -294,7 +346,7 @@ void rows_of_panel(const Weight& w, int64_t first, const Panel& panel, const Inp
 }
 
 template <class D>
-void multiply_with(const Weight& w, int64_t first, const void* memory, const Input& in, int64_t begin, int64_t end,
+void multiply_with(const Weight& w, int64_t first, const void* memory, const Quantized& in, int64_t begin, int64_t end,
                    const Output& y) {
   const Panel panel = panel_of(w, const_cast<void*>(memory));
   for (int64_t row = begin; row < end;) {
@@ -306,7 +358,7 @@ void multiply_with(const Weight& w, int64_t first, const void* memory, const Inp
   }
 }
 
-void multiply(const Weight& w, int64_t first, const void* panel, const Input& in, int64_t begin, int64_t end,
+void multiply(const Weight& w, int64_t first, const void* panel, const Quantized& in, int64_t begin, int64_t end,
               const Output& y) {
   if (w.bits == 8) {
     multiply_with<PanelDot8>(w, first, panel, in, begin, end, y);
@@ -317,182 +369,283 @@ void multiply(const Weight& w, int64_t first, const void* panel, const Input& in
 
 // ---- few rows: the weight's rows as they are stored, one after the other
 
-// Products of scales, one a block: [R][stride], for blocks [first, first + blocks) of row n.
-template <int R>
-inline void scales_of_blocks(const Weight& w, const Input& in, int64_t n, int64_t first, int64_t blocks, int64_t per_group,
-                             float* out, int64_t stride) {
-  float scale[32];
-  const int64_t begin = first / per_group, count = (first + blocks - 1) / per_group + 1 - begin;
-  const int64_t place = n * w.groups + begin;
-  if (w.scale_stride == 1) {
-    const float all = weight_scale(w, n, 0);
-    for (int64_t g = 0; g < count; ++g) scale[g] = all;
-  } else if (w.scale_type == Type::f32) {
-    std::memcpy(scale, static_cast<const float*>(w.scale) + place, count * sizeof(float));
+// Sums of products of a vector of codes with the activations from column k on, added to `total`.
+template <class D, int B>
+__attribute__((always_inline)) inline typename Simd::I products(typename Simd::I total, typename Simd::I bytes, const int8_t* x,
+                                                                int64_t plane) {
+  if constexpr (B == 8) {
+    return D::step(total, D::ready(bytes), D::row(x, plane));
+  } else if constexpr (D::kWide) {
+    total = D::step(total, D::ready(Simd::low(bytes)), D::row(x, plane));
+    return D::step(total, D::ready(Simd::high(bytes)), D::row(x + Simd::kBytes, plane));
   } else {
-    convert_to_float(static_cast<const uint16_t*>(w.scale) + place, Type::bf16, count, scale);
-  }
-  for (int r = 0; r < R; ++r) {
-    const float* a = in.scale + r * w.groups + begin;
-    float* to = out + r * stride;
-    if (per_group == 1) {
-      for (int64_t g = 0; g < count; ++g) to[g] = a[g] * scale[g];
-    } else {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t g = (first + b) / per_group - begin;
-        to[b] = a[g] * scale[g];
-      }
-    }
+    typename D::Acc acc = D::step(D::start(0), D::ready(Simd::low(bytes)), D::row(x, plane));
+    acc = D::step(acc, D::ready(Simd::high(bytes)), D::row(x + Simd::kBytes, plane));
+    return Simd::add(total, D::finish(acc));
   }
 }
 
-// -(zero point) * sum of activations, at the first block of each group, 0 at the others.
-template <int R, int32_t kOffset>
-inline void corrections_of_blocks(const Weight& w, const Input& in, int64_t n, int64_t first, int64_t blocks,
-                                  int64_t ready, int64_t per_group, int32_t* out, int64_t stride) {
-  for (int r = 0; r < R; ++r) {
-    const int32_t* sums = in.sums + r * w.groups;
-    int32_t* to = out + r * stride;
-    if (per_group == 1 && !w.zero_point) {
-      for (int64_t b = 0; b < blocks; ++b) to[b] = -kOffset * sums[first + b];
-    } else {
-      for (int64_t b = 0; b < blocks; ++b) {
-        const int64_t g = (first + b) / per_group;
-        const int32_t z = kOffset + (w.zero_point ? zero_point(w, n, g) : 0);
-        to[b] = (first + b) % per_group == 0 ? -z * sums[g] : 0;
-      }
-    }
-    for (int64_t b = blocks; b < ready; ++b) to[b] = 0;
-  }
+inline typename Simd::I load_up_to(const uint8_t* p, int64_t bytes) {
+  if (bytes >= Simd::kBytes) return Simd::load(p);
+  alignas(64) uint8_t part[Simd::kBytes] = {};
+  std::memcpy(part, p, bytes);
+  return Simd::load(part);
 }
 
-// Sums over a row in which all columns share a scale: int32 to the end.
-template <class D, int B, int R> void dot_ungrouped(const Weight& w, const Input& in, int64_t n, int32_t* sums) {
+// How far ahead of a byte of N rows the memory is asked for: at the same place of the next N rows.
+template <int N> inline int64_t ahead_of(const Weight& w) { return N * w.row_bytes < 4096 ? 4096 : N * w.row_bytes; }
+
+// Rows [n, n + N) of the weight, columns [begin, end): whole vectors, or up to the end of the row.
+template <class D, int B, int R, int N>
+__attribute__((always_inline)) inline void sum_run(const Weight& w, const Quantized& in, int64_t n, int64_t begin, int64_t end,
+                                                   typename Simd::I (&total)[N][R]) {
   constexpr int64_t kStep = Simd::kBytes * 8 / B; // columns in a vector
   const uint8_t* codes = w.codes + n * w.row_bytes;
-  typename Simd::I total[R];
-  for (int r = 0; r < R; ++r) total[r] = Simd::zero();
-  auto add = [&](typename Simd::I bytes, int64_t k) {
-    if constexpr (B == 8) {
-      const auto c = Dot8::ready(bytes);
+  const int64_t plane = plane_of(w);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) total[r] = Dot8::step(total[r], c, Simd::load(in.codes + r * in.stride + k));
-    } else {
-      const auto low = Dot4::ready(Simd::low(bytes)), high = Dot4::ready(Simd::high(bytes));
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) total[i][r] = Simd::zero();
+  const auto add = [&](const typename Simd::I(&bytes)[N], int64_t k) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) total[i][r] = products<D, B>(total[i][r], bytes[i], in.codes + r * in.stride + k, plane);
+  };
+  const int64_t ahead = ahead_of<N>(w);
+  int64_t k = begin;
+  for (; k + kStep <= end; k += kStep) {
+    typename Simd::I bytes[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const uint8_t* p = codes + i * w.row_bytes + k * B / 8;
+      __builtin_prefetch(p + ahead, 0, 2);
+      bytes[i] = Simd::load(p);
+    }
+    add(bytes, k);
+  }
+  if (k < end) {
+    typename Simd::I bytes[N];
+    for (int i = 0; i < N; ++i) bytes[i] = load_up_to(codes + i * w.row_bytes + k * B / 8, w.row_bytes - k * B / 8);
+    add(bytes, k);
+  }
+}
+
+// What is still to be added to the sum over group g.
+template <class D> inline int32_t correction(const Weight& w, const Quantized& in, int64_t n, int64_t r, int64_t g) {
+  const uint32_t z = D::kOffset + (w.zero_point ? zero_point(w, n, g) : 0); // unsigned: may wrap around to what fits
+  return static_cast<int32_t>(in.bonus[r * w.groups + g] - z * static_cast<uint32_t>(in.sums[r * w.groups + g]));
+}
+
+// One scale a row.
+template <class D, int B, int R, int N> void dot_ungrouped(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N][R]) {
+  typename Simd::I total[N][R];
+  sum_run<D, B, R, N>(w, in, n, 0, w.columns, total);
+  for (int i = 0; i < N; ++i) {
+    const float scale = weight_scale(w, n + i, 0);
+    for (int r = 0; r < R; ++r) {
+      const uint32_t exact = static_cast<uint32_t>(Simd::sum(total[i][r])) +
+                             static_cast<uint32_t>(correction<D>(w, in, n + i, r, 0));
+      sums[i][r] = static_cast<float>(static_cast<int32_t>(exact)) * in.scale[r] * scale;
+    }
+  }
+}
+
+// Groups of whole vectors: int32 to the end of each.
+template <class D, int B, int R, int N>
+void dot_long_groups(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N][R]) {
+  typename Simd::F total[N][R];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) total[i][r] = Simd::all(0.0f);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t begin = g * w.group, end = begin + w.group < w.columns ? begin + w.group : w.columns;
+    typename Simd::I sum[N][R];
+    sum_run<D, B, R, N>(w, in, n, begin, end, sum);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const float scale = weight_scale(w, n + i, g);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const int8_t* x = in.codes + r * in.stride + k;
-        typename Dot4::Acc acc = Dot4::step(Dot4::none(), low, Simd::load(x));
-        acc = Dot4::step(acc, high, Simd::load(x + Simd::kBytes));
-        total[r] = Simd::add(total[r], Dot4::finish(acc));
+        const typename Simd::I exact = Simd::add(sum[i][r], Simd::first_lane(correction<D>(w, in, n + i, r, g)));
+        total[i][r] = Simd::fma(Simd::to_float(exact), Simd::all(in.scale[r * w.groups + g] * scale), total[i][r]);
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums[i][r] = Simd::sum(total[i][r]);
+}
+
+// Groups of kBlock, several in a vector: a run of kLanes of them at a time, whose scales fill a vector.
+template <class D, int B, int R, int N>
+void dot_blocks(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N][R]) {
+  constexpr int64_t kStep = Simd::kBytes * 8 / B; // columns in a vector
+  constexpr int64_t kRun = kLanes * kBlock;
+  const uint8_t* codes = w.codes + n * w.row_bytes;
+  const int64_t plane = plane_of(w);
+  const bool wide = w.scale_type == Type::f32;
+  typename Simd::F total[N][R];
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) total[i][r] = Simd::all(0.0f);
+  const auto add = [&](auto v, int64_t k, const typename Simd::I(&bytes)[N], const typename Simd::F(&scale)[N][R])
+                       __attribute__((always_inline)) {
+    constexpr int64_t kVector = decltype(v)::value;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const typename Simd::I start = Simd::load(in.starts + r * in.starts_stride + k / kStep * kLanes);
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        const typename Simd::I sum = products<D, B>(start, bytes[i], in.codes + r * in.stride + k, plane);
+        const typename Simd::F s = Simd::template spread<kStep / kBlock>(scale[i][r], kVector * (kStep / kBlock));
+        total[i][r] = Simd::fma(Simd::to_float(sum), s, total[i][r]);
       }
     }
   };
-  const int64_t whole = w.row_bytes / Simd::kBytes * Simd::kBytes;
-  int64_t k = 0;
-  for (int64_t i = 0; i < whole; i += Simd::kBytes, k += kStep) {
-    __builtin_prefetch(codes + i + Simd::kPrefetch);
-    add(Simd::load(codes + i), k);
-  }
-  if (whole < w.row_bytes) {
-    alignas(64) uint8_t tail[Simd::kBytes] = {};
-    std::memcpy(tail, codes + whole, w.row_bytes - whole);
-    add(Simd::load(tail), k);
-  }
-  for (int r = 0; r < R; ++r) sums[r] = Simd::sum(total[r]);
-}
-
-// A row in groups: each vector of sums is scaled by the scales of its groups.
-template <class D, int B, int R> void dot_grouped(const Weight& w, const Input& in, int64_t n, float* sums) {
-  constexpr int64_t kStep = Simd::kBytes * 8 / B;   // columns in a vector
-  constexpr int64_t kBlocks = kStep / kBlock;       // blocks in a vector; NEON's 8-bit vectors are half a block
-  constexpr int64_t kSpan = 1024;                   // columns whose scales are made ready together
-  constexpr int64_t kPerBlock = kBlocks ? 1 : kBlock / kStep;
-  constexpr int32_t kOffset = D::kOffset;
-  const uint8_t* codes = w.codes + n * w.row_bytes;
-  typename Simd::F total[R];
-  for (int r = 0; r < R; ++r) total[r] = Simd::all(0.0f);
-  float scale[R][kSpan / kBlock];
-  int32_t correction[R][kSpan / kBlock];
-  const int64_t blocks_of_group = w.group / kBlock;
-  for (int64_t begin = 0; begin < w.columns; begin += kSpan) {
-    const int64_t blocks = ceil_div(w.columns - begin < kSpan ? w.columns - begin : kSpan, kBlock);
-    const int64_t first = begin / kBlock;
-    scales_of_blocks<R>(w, in, n, first, blocks, blocks_of_group, &scale[0][0], kSpan / kBlock);
-    const int64_t ready = round_up(blocks, kBlocks ? kBlocks : 1);
-    for (int r = 0; r < R; ++r)
-      for (int64_t b = blocks; b < ready; ++b) scale[r][b] = 0;
-    corrections_of_blocks<R, kOffset>(w, in, n, first, blocks, ready, blocks_of_group, &correction[0][0], kSpan / kBlock);
-    const int64_t end_byte = begin * B / 8 + kSpan * B / 8 < w.row_bytes ? begin * B / 8 + kSpan * B / 8 : w.row_bytes;
-    int64_t block = 0, part = 0;
-    for (int64_t i = begin * B / 8, k = begin; i < end_byte; i += Simd::kBytes, k += kStep) {
-      typename Simd::I bytes;
-      if (i + Simd::kBytes <= w.row_bytes) {
-        __builtin_prefetch(codes + i + Simd::kPrefetch);
-        bytes = Simd::load(codes + i);
-      } else {
-        alignas(64) uint8_t tail[Simd::kBytes] = {};
-        std::memcpy(tail, codes + i, w.row_bytes - i);
-        bytes = Simd::load(tail);
+  const int64_t ahead = ahead_of<N>(w);
+  int64_t begin = 0, g = 0;
+  for (; g + kLanes <= w.groups && begin + kRun <= w.columns; begin += kRun, g += kLanes) {
+    typename Simd::F scale[N][R];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const int64_t place = (n + i) * w.groups + g;
+      __builtin_prefetch(static_cast<const uint8_t*>(w.scale) + (place + N * w.groups) * (wide ? 4 : 2), 0, 2);
+      const typename Simd::F b = wide ? Simd::load(static_cast<const float*>(w.scale) + place)
+                                      : Simd::load_bf16(static_cast<const uint16_t*>(w.scale) + place);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) scale[i][r] = Simd::times(b, Simd::load(in.scale + r * w.groups + g));
+    }
+    for_each_of<kRun / kStep>([&](auto v) __attribute__((always_inline)) {
+      const int64_t k = begin + decltype(v)::value * kStep;
+      typename Simd::I bytes[N];
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) {
+        const uint8_t* p = codes + i * w.row_bytes + k * B / 8;
+        __builtin_prefetch(p + ahead, 0, 2);
+        bytes[i] = Simd::load(p);
       }
+      add(v, k, bytes, scale);
+    });
+  }
+  if (begin < w.columns) { // the rest: its scales are the last in vectors that end with the row
+    const int64_t missing = g + kLanes - w.groups, rest = g - missing;
+    typename Simd::F scale[N][R];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      const int64_t place = (n + i) * w.groups + rest;
+      const typename Simd::F b = wide ? Simd::load(static_cast<const float*>(w.scale) + place)
+                                      : Simd::load_bf16(static_cast<const uint16_t*>(w.scale) + place);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) scale[i][r] = Simd::times(b, Simd::load(in.scale + r * w.groups + rest));
+    }
+    for (int64_t k = begin, block = missing; k < w.columns; k += kStep, block += kStep / kBlock) {
+      typename Simd::I bytes[N];
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) bytes[i] = load_up_to(codes + i * w.row_bytes + k * B / 8, w.row_bytes - k * B / 8);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const int8_t* x = in.codes + r * in.stride + k;
-        typename Simd::I sum;
-        if constexpr (B == 8) {
-          sum = Dot8::step(Simd::zero(), Dot8::ready(bytes), Simd::load(x));
-        } else {
-          typename Dot4::Acc acc = Dot4::step(Dot4::none(), Dot4::ready(Simd::low(bytes)), Simd::load(x));
-          sum = Dot4::finish(Dot4::step(acc, Dot4::ready(Simd::high(bytes)), Simd::load(x + Simd::kBytes)));
+        const typename Simd::I start = Simd::load(in.starts + r * in.starts_stride + k / kStep * kLanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+          const typename Simd::I sum = products<D, B>(start, bytes[i], in.codes + r * in.stride + k, plane);
+          const typename Simd::F s = Simd::template spread<kStep / kBlock>(scale[i][r], block);
+          total[i][r] = Simd::fma(Simd::to_float(sum), s, total[i][r]);
         }
-        if (part == 0) sum = Simd::add(sum, Simd::template first_lanes<kStep>(correction[r] + block));
-        total[r] = Simd::fma(Simd::to_float(sum), Simd::template spread<kStep>(scale[r] + block), total[r]);
-      }
-      if (++part == kPerBlock) {
-        part = 0;
-        block += kBlocks ? kBlocks : 1;
       }
     }
   }
-  for (int r = 0; r < R; ++r) sums[r] = Simd::sum(total[r]);
+#pragma GCC unroll 4
+  for (int i = 0; i < N; ++i)
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) sums[i][r] = Simd::sum(total[i][r]);
+}
+
+// Any groups: a vector of sums is taken apart into its blocks.
+template <class D, int B, int R> void dot_any_groups(const Weight& w, const Quantized& in, int64_t n, float (&sums)[R]) {
+  constexpr int64_t kStep = Simd::kBytes * 8 / B;
+  constexpr int64_t kLanesOfBlock = kLanes * kBlock / kStep;
+  const uint8_t* codes = w.codes + n * w.row_bytes;
+  const int64_t plane = plane_of(w), per_group = w.group / kBlock;
+  for (int r = 0; r < R; ++r) sums[r] = 0;
+  int32_t sum[R] = {}; // of the group so far
+  int64_t g = 0, left = per_group;
+  const auto finish = [&] {
+    const float scale = weight_scale(w, n, g);
+    for (int r = 0; r < R; ++r) {
+      const uint32_t exact = static_cast<uint32_t>(sum[r]) + static_cast<uint32_t>(correction<D>(w, in, n, r, g));
+      sums[r] += static_cast<float>(static_cast<int32_t>(exact)) * (in.scale[r * w.groups + g] * scale);
+      sum[r] = 0;
+    }
+    ++g;
+    left = per_group;
+  };
+  for (int64_t k = 0; k < w.columns; k += kStep) {
+    const typename Simd::I bytes = load_up_to(codes + k * B / 8, w.row_bytes - k * B / 8);
+    alignas(64) int32_t lanes[R][kLanes];
+    for (int r = 0; r < R; ++r)
+      Simd::store(lanes[r], products<D, B>(Simd::zero(), bytes, in.codes + r * in.stride + k, plane));
+    for (int64_t lane = 0; lane < kLanes && k + lane * (kStep / kLanes) < w.columns; lane += kLanesOfBlock) {
+      for (int r = 0; r < R; ++r)
+        for (int64_t i = 0; i < kLanesOfBlock; ++i) sum[r] += lanes[r][lane + i];
+      if (--left == 0) finish();
+    }
+  }
+  if (g < w.groups) finish();
+}
+
+// N output channels from n on.
+template <class D, int B, int R, int N>
+inline void dot(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N][R]) {
+  constexpr int64_t kStep = Simd::kBytes * 8 / B;
+  if (w.groups == 1) {
+    dot_ungrouped<D, B, R, N>(w, in, n, sums);
+  } else if (!kBlocksInVector<B> || w.group % kStep == 0) {
+    dot_long_groups<D, B, R, N>(w, in, n, sums);
+  } else if constexpr (kBlocksInVector<B>) {
+    if (in_blocks<B>(w)) {
+      dot_blocks<D, B, R, N>(w, in, n, sums);
+    } else {
+      for (int i = 0; i < N; ++i) dot_any_groups<D, B, R>(w, in, n + i, sums[i]);
+    }
+  }
 }
 
 template <class D, int B, int R>
-void gemv_rows(const Weight& w, const Input& in, int64_t begin, int64_t end, const Output& y) {
-  constexpr int64_t kChunk = 64; // output channels that are finished together
+void gemv_rows(const Weight& w, const Quantized& in, int64_t begin, int64_t end, const Output& y) {
+  constexpr int64_t kChunk = 64;                       // output channels that are finished together
+  constexpr int N = R == 1 ? 4 : R == 2 ? 2 : 1;       // that are read together
   float out[R][kChunk];
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = end - first < kChunk ? end - first : kChunk;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = first + i;
-      if (w.groups == 1) {
-        int32_t sums[R];
-        dot_ungrouped<D, B, R>(w, in, n, sums);
-        const uint32_t z = D::kOffset + (w.zero_point ? zero_point(w, n, 0) : 0);
-        const float scale = weight_scale(w, n, 0);
-        for (int r = 0; r < R; ++r) { // unsigned: sums may wrap around on the way to one that fits
-          const uint32_t exact = static_cast<uint32_t>(sums[r]) - z * static_cast<uint32_t>(in.sums[r]);
-          out[r][i] = static_cast<float>(static_cast<int32_t>(exact)) * in.scale[r] * scale;
-        }
-      } else {
-        float sums[R];
-        dot_grouped<D, B, R>(w, in, n, sums);
-        for (int r = 0; r < R; ++r) out[r][i] = sums[r];
-      }
+    int64_t i = 0;
+    for (; i + N <= count; i += N) {
+      float sums[N][R];
+      dot<D, B, R, N>(w, in, first + i, sums);
+      for (int j = 0; j < N; ++j)
+        for (int r = 0; r < R; ++r) out[r][i + j] = sums[j][r];
+    }
+    for (; i < count; ++i) {
+      float sums[1][R];
+      dot<D, B, R, 1>(w, in, first + i, sums);
+      for (int r = 0; r < R; ++r) out[r][i] = sums[0][r];
     }
     for (int r = 0; r < R; ++r) finish_row(out[r], count, y, r, first);
   }
 }
 
 template <class D, int B, int R>
-void gemv_with(const Weight& w, const Input& in, int64_t begin, int64_t end, const Output& y) {
+void gemv_with(const Weight& w, const Quantized& in, int64_t begin, int64_t end, const Output& y) {
   if constexpr (R > 1) {
     if (in.rows < R) return gemv_with<D, B, R - 1>(w, in, begin, end, y);
   }
   gemv_rows<D, B, R>(w, in, begin, end, y);
 }
 
-void gemv(const Weight& w, const Input& in, int64_t begin, int64_t end, const Output& y) {
+void gemv(const Weight& w, const Quantized& in, int64_t begin, int64_t end, const Output& y) {
   if (w.bits == 8) {
     gemv_with<Dot8, 8, kRowsAtMost>(w, in, begin, end, y);
   } else {

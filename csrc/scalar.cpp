@@ -4,11 +4,10 @@
 namespace fewbit {
 namespace {
 
-struct Simd {
+struct Simd : Plain {
   static constexpr int kBytes = 16;
   static constexpr int kPanelVectors = 2;
   static constexpr int kPackRows = 1;
-  static constexpr int kPrefetch = 512;
   static constexpr int kLanes = 4;
   struct I {
     int32_t lane[kLanes];
@@ -35,6 +34,7 @@ struct Simd {
     return r;
   }
   static void store(float* p, F v) { std::memcpy(p, &v, kBytes); }
+  static void store(int32_t* p, I v) { std::memcpy(p, &v, kBytes); }
   static I all(int32_t v) { return each<I>([=](int) { return v; }); }
   static F all(float v) { return each<F>([=](int) { return v; }); }
   static I four(const int8_t* p) {
@@ -53,11 +53,12 @@ struct Simd {
   static I high(I bytes) { return each<I>([=](int i) { return (bytes.lane[i] >> 4) & 0x0f0f0f0f; }); }
   static int32_t sum(I v) { return v.lane[0] + v.lane[1] + v.lane[2] + v.lane[3]; }
   static float sum(F v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
-  template <int64_t Columns> static F spread(const float* p) { return all(*p); }
-  template <int64_t Columns> static I first_lanes(const int32_t* p) {
-    return each<I>([=](int i) { return i ? 0 : *p; });
+  static F load_bf16(const uint16_t* p) { return each<F>([=](int i) { return float_of(uint32_t{p[i]} << 16); }); }
+  template <int64_t Blocks> static F spread(F scale, int64_t first) { return all(scale.lane[first]); }
+  static I first_lane(int32_t v) {
+    return each<I>([=](int i) { return i ? 0 : v; });
   }
-  template <int B, int Element> static void pack(const uint8_t* rows, int64_t, uint8_t* out, int64_t step_bytes) {
+  template <int B> static void pack(const uint8_t* rows, int64_t, uint8_t* out, int64_t step_bytes) {
     for (int s = 0; s < kBlock / 4; ++s)
       for (int i = 0; i < 4; ++i) {
         const int k = s * 4 + i;
@@ -75,14 +76,17 @@ struct Simd {
 template <int32_t Offset> struct Dot {
   static constexpr bool kWide = true;
   static constexpr int kTileRows = 2;
-  static constexpr int kElement = 1;
+  static constexpr int kUnit = 4;
+  static constexpr int kPlanes = 1;
   static constexpr int32_t kOffset = Offset;
   using Acc = Simd::I;
   using Code = Simd::I;
-  static Acc none() { return Simd::zero(); }
+  using X = Simd::I;
   static Acc start(int32_t sum) { return Simd::all(sum); }
   static Code ready(Simd::I w) { return w; }
-  static Acc step(Acc acc, Code w, Simd::I x) {
+  static X row(const int8_t* p, int64_t) { return Simd::load(p); }
+  static X four(const int8_t* p, int64_t) { return Simd::four(p); }
+  static Acc step(Acc acc, Code w, X x) {
     return Simd::each<Acc>([&](int i) {
       int8_t a[4], b[4];
       std::memcpy(a, &w.lane[i], 4);
@@ -91,7 +95,6 @@ template <int32_t Offset> struct Dot {
     });
   }
   static Simd::I finish(Acc acc) { return acc; }
-  static int32_t start_of(const int8_t*) { return 0; }
 };
 using Dot8 = Dot<0>;
 using Dot4 = Dot<8>;

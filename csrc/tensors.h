@@ -54,8 +54,7 @@ Weight weight_of(const Tensor& packed, const Tensor& scale, const std::optional<
 const float* floats_of(const std::optional<Tensor>& x, int64_t size, const char* what, std::optional<Tensor>& keep);
 
 // Activations [rows, columns] of `type` quantized, and all that products with them need; memory from `scratch`.
-Quantized quantized_buffers(const Weight&, int64_t rows, bool gemv, Scratch& scratch);
-Input input_of(const Quantized&, int64_t rows);
+Quantized quantized_buffers(const Weight&, int64_t rows, Scratch& scratch);
 
 // The least work, in products, that is worth another thread.
 constexpr int64_t kWorthAThread = 1 << 17;
