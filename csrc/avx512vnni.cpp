@@ -33,6 +33,7 @@ struct Simd : AvxBlocks {
   static F times(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static I power_of_two(I n) { return _mm512_slli_epi32(_mm512_add_epi32(n, _mm512_set1_epi32(127)), 23); }
   static I low(I bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
   static I high(I bytes) { return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15)); }
   static int32_t sum(I v) {
@@ -56,7 +57,6 @@ struct Simd : AvxBlocks {
   template <int B> static void pack(const uint8_t* rows, int64_t row_bytes, uint8_t* out, int64_t step_bytes) {
     Avx::pack<B>(rows, row_bytes, out, step_bytes);
   }
-  static void nibbles16(const uint8_t* bytes, uint8_t* out) { Avx::nibbles16(bytes, out); }
 };
 
 template <int32_t Offset> struct Dot {

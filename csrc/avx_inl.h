@@ -8,8 +8,28 @@
 namespace fewbit {
 namespace {
 
-// The steps of quantizing activations, kBlock at a time: see Plain.
+// Steps over kBlock numbers: see Plain.
 struct AvxBlocks {
+  template <int B> static void block_to_float(const uint8_t* bytes, int32_t zero_point, float scale, float* out) {
+    __m128i half[2]; // 16 signed codes each
+    if constexpr (B == 8) {
+      half[0] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+      half[1] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16));
+    } else {
+      const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), mask = _mm_set1_epi8(15);
+      const __m128i low = _mm_and_si128(v, mask), high = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
+      half[0] = _mm_unpacklo_epi8(low, high);
+      half[1] = _mm_unpackhi_epi8(low, high);
+      zero_point += 8;
+    }
+    const __m256 z = _mm256_set1_ps(static_cast<float>(zero_point)), s = _mm256_set1_ps(scale);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m128i eight = i % 2 ? _mm_unpackhi_epi64(half[i / 2], half[i / 2]) : half[i / 2];
+      const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+      _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(_mm256_sub_ps(code, z), s));
+    }
+  }
   static float largest(const float* x) {
     const __m256i positive = _mm256_set1_epi32(0x7fffffff);
     __m256i most = _mm256_setzero_si256();
@@ -98,6 +118,7 @@ struct Avx : AvxBlocks {
   static F times(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static I power_of_two(I n) { return _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23); } // bits of 2^n
   static I low(I bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
   static I high(I bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
 
@@ -156,11 +177,6 @@ struct Avx : AvxBlocks {
       store(out + i * step_bytes, low);
       store(out + (i + 4) * step_bytes, high);
     }
-  }
-  static void nibbles16(const uint8_t* bytes, uint8_t* out) {
-    const __m128i v = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
-    const __m128i both = _mm_unpacklo_epi8(v, _mm_srli_epi16(v, 4));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_and_si128(both, _mm_set1_epi8(15)));
   }
 };
 

@@ -1,4 +1,5 @@
 // Which kernels this CPU gets.
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -81,13 +82,16 @@ std::vector<const Kernels*> available() {
 namespace {
 
 const Kernels& chosen() {
-  const auto found = available();
   const char* wanted = std::getenv("FEWBIT_ISA");
-  if (!wanted || !*wanted) return *found.front();
+  const bool any = !wanted || !*wanted;
   std::string names;
-  for (const Kernels* kernels : found) {
-    if (!std::strcmp(kernels->name, wanted)) return *kernels;
+  for (const Kernels* kernels : available()) {
     names += std::string(names.empty() ? "" : ", ") + kernels->name;
+    if (!any && std::strcmp(kernels->name, wanted)) continue;
+    if (agree(*kernels, kScalar)) return *kernels;
+    std::fprintf(stderr, "fewbit: the kernels for %s fail their self-test on this CPU and are not used. Please report it.\n",
+                 kernels->name);
+    if (!any) return kScalar;
   }
   throw std::runtime_error(std::string("FEWBIT_ISA: found '") + wanted + "', this CPU and build allow: " + names + ".");
 }

@@ -1,5 +1,4 @@
-// What is done to sums before they are stored: bias, activation, conversion. And the elementary functions, written as
-// plain arithmetic without branches, so that compilers turn the loops into vectors and every CPU gives the same numbers.
+// What is done to sums before they are stored: bias, activation, conversion; and the gates of recurrent layers.
 #pragma once
 
 #include "quantize_inl.h"
@@ -7,92 +6,102 @@
 namespace fewbit {
 namespace {
 
+// Elementary functions of vectors, which GCC and Clang give the operators of their elements.
+using Floats = Simd::F;
+
+inline Floats floats_of(Simd::I v) {
+  Floats value;
+  std::memcpy(&value, &v, sizeof(v));
+  return value;
+}
+inline Simd::I bits_of(Floats v) {
+  Simd::I bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  return bits;
+}
+// Horner's scheme, the highest power first.
+template <class... C> inline Floats polynomial(Floats x, float first, C... rest) {
+  Floats p = Simd::all(first);
+  ((p = Simd::fma(p, x, Simd::all(rest))), ...);
+  return p;
+}
+inline Floats magnitude(Floats x) { return x < 0 ? -x : x; }
+
 // exp, to about 1 ulp; coefficients of Cephes' expf. Saturates instead of overflowing.
-inline float exp_of(float x) {
-  x = x > 88.0f ? 88.0f : x;
-  x = x < -87.0f ? -87.0f : x;
-  const float rounded = x * 1.44269504088896341f + 12582912.0f; // an integer, in the lowest bits; safe for a NaN, too
-  const float n = rounded - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * float_of((bits_of(rounded) + 127) << 23);
+inline Floats exp_of(Floats x) {
+  const Floats top = Simd::all(88.0f), bottom = Simd::all(-87.0f);
+  x = x > top ? top : x;
+  x = x < bottom ? bottom : x;
+  const Floats magic = Simd::all(12582912.0f); // x + magic has the nearest integer in its lowest bits
+  const Floats rounded = Simd::fma(x, Simd::all(1.44269504088896341f), magic), n = rounded - magic;
+  const Floats r = Simd::fma(n, Simd::all(2.12194440e-4f), Simd::fma(n, Simd::all(-0.693359375f), x));
+  const Floats p = polynomial(r, 1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                              5.0000001201e-1f);
+  return (Simd::fma(p, r * r, r) + 1.0f) * floats_of(Simd::power_of_two(bits_of(rounded)));
 }
 
-inline float sigmoid_of(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+inline Floats sigmoid_of(Floats x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 // Cephes' tanhf.
-inline float tanh_of(float x) {
-  const float t = x < 0 ? -x : x;
-  const float z = x * x;
-  float p = -5.70498872745e-3f;
-  p = p * z + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  p = p * z * x + x;
-  const float far = 1.0f - 2.0f / (exp_of(2.0f * t) + 1.0f);
-  return t < 0.625f ? p : (x < 0 ? -far : far);
+inline Floats tanh_of(Floats x) {
+  const Floats t = magnitude(x), z = x * x;
+  const Floats p = polynomial(z, -5.70498872745e-3f, 2.06390887954e-2f, -5.37397155531e-2f, 1.33314422036e-1f,
+                              -3.33332819422e-1f);
+  const Floats near = Simd::fma(p, z * x, x);
+  const Floats far = 1.0f - 2.0f / (exp_of(t + t) + 1.0f);
+  return t < 0.625f ? near : x < 0 ? -far : far;
 }
 
-// erf with an error of about 1e-7: polynomials for the middle and for the logarithm of the tail.
-inline float erf_of(float x) {
-  const float t = x < 0 ? -x : x;
-  const float s = x * x;
-  float tail = -1.72853470e-5f * t + 3.83197126e-4f;
-  tail = tail * s + (-3.88396438e-3f * t + 2.42546219e-2f);
-  tail = tail * t - 1.06777877e-1f;
-  tail = tail * t - 6.34846687e-1f;
-  tail = tail * t - 1.28717512e-1f;
-  tail = 1.0f - exp_of(tail * t - t);
-  tail = t > 4.0f ? 1.0f : tail;
-  float middle = -5.96761703e-4f;
-  middle = middle * s + 4.99119423e-3f;
-  middle = middle * s - 2.67681349e-2f;
-  middle = middle * s + 1.12819925e-1f;
-  middle = middle * s - 3.76125336e-1f;
-  middle = middle * s + 1.28379166e-1f;
-  middle = middle * x + x;
-  return t > 0.927734375f ? (x < 0 ? -tail : tail) : middle;
+// erf with an error of 1.5e-7 (Abramowitz and Stegun 7.1.26), as torch's.
+inline Floats erf_of(Floats x) {
+  const Floats most = Simd::all(6.0f), far = magnitude(x), t = far > most ? most : far; // from there on it is 1
+  const Floats s = 1.0f / Simd::fma(t, Simd::all(0.3275911f), Simd::all(1.0f));
+  const Floats p = polynomial(s, 1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f);
+  const Floats y = 1.0f - p * s * exp_of(-t * t);
+  return x < 0 ? -y : y;
+}
+
+// f of every element of arrays, a vector at a time: y[i] = f(x[i]...).
+template <class F, class... X> inline void each_of(int64_t count, const F& f, float* y, const X*... x) {
+  constexpr int64_t kStep = sizeof(Floats) / sizeof(float);
+  int64_t i = 0;
+  for (; i + kStep <= count; i += kStep) Simd::store(y + i, f(Simd::load(x + i)...));
+  if (i < count) {
+    const auto part = [&](const float* p) {
+      float values[kStep] = {};
+      std::memcpy(values, p + i, (count - i) * sizeof(float));
+      return Simd::load(values);
+    };
+    float values[kStep];
+    Simd::store(values, f(part(x)...));
+    std::memcpy(y + i, values, (count - i) * sizeof(float));
+  }
 }
 
 inline void activate(float* y, int64_t count, Activation activation) {
   switch (activation) {
     case Activation::none: break;
-    case Activation::relu:
-      for (int64_t i = 0; i < count; ++i) y[i] = y[i] < 0 ? 0 : y[i];
-      break;
+    case Activation::relu: each_of(count, [](Floats x) { return x < 0 ? Simd::all(0.0f) : x; }, y, y); break;
     case Activation::gelu:
-      for (int64_t i = 0; i < count; ++i) y[i] = 0.5f * y[i] * (1.0f + erf_of(y[i] * 0.707106781186547524f));
+      each_of(count, [](Floats x) { return 0.5f * x * (1.0f + erf_of(x * 0.707106781186547524f)); }, y, y);
       break;
     case Activation::gelu_tanh:
-      for (int64_t i = 0; i < count; ++i) {
-        const float inner = 0.797884560802865356f * (y[i] + 0.044715f * y[i] * y[i] * y[i]);
-        y[i] = 0.5f * y[i] * (1.0f + tanh_of(inner));
-      }
+      each_of(
+          count,
+          [](Floats x) { return 0.5f * x * (1.0f + tanh_of(0.797884560802865356f * (x + 0.044715f * x * x * x))); }, y, y);
       break;
-    case Activation::silu:
-      for (int64_t i = 0; i < count; ++i) y[i] = y[i] * sigmoid_of(y[i]);
-      break;
+    case Activation::silu: each_of(count, [](Floats x) { return x * sigmoid_of(x); }, y, y); break;
   }
 }
 
 inline uint16_t to_bf16(float x) { // half to even, NaN stays NaN
-  const uint32_t bits = bits_of(x);
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
-// `count` sums of output row `row`, from channel `first` on. Changes `sums`.
-inline void finish_row(float* sums, int64_t count, const Output& y, int64_t row, int64_t first) {
-  if (y.bias)
-    for (int64_t i = 0; i < count; ++i) sums[i] += y.bias[first + i];
-  activate(sums, count, y.activation);
+inline void store_row(const float* sums, int64_t count, const Output& y, int64_t row, int64_t first) {
   const int64_t place = row * y.stride + first;
   if (y.type == Type::f32) {
     std::memcpy(static_cast<float*>(y.data) + place, sums, count * sizeof(float));
@@ -105,27 +114,52 @@ inline void finish_row(float* sums, int64_t count, const Output& y, int64_t row,
   }
 }
 
-// One step of an LSTM (gates i, f, g, o) and of a GRU (r, z, n) for some hidden units of one sequence, as torch has them.
-void lstm(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* __restrict h,
-          float* __restrict c) {
-  for (int64_t j = begin; j < end; ++j) {
-    const float i = sigmoid_of(input[j] + recurrent[j]);
-    const float f = sigmoid_of(input[hidden + j] + recurrent[hidden + j]);
-    const float g = tanh_of(input[2 * hidden + j] + recurrent[2 * hidden + j]);
-    const float o = sigmoid_of(input[3 * hidden + j] + recurrent[3 * hidden + j]);
-    const float next = f * c[j] + i * g;
-    c[j] = next;
-    h[j] = o * tanh_of(next);
-  }
+// `count` sums of output row `row`, from channel `first` on. Changes `sums`.
+inline void finish_row(float* sums, int64_t count, const Output& y, int64_t row, int64_t first) {
+  if (y.bias)
+    for (int64_t i = 0; i < count; ++i) sums[i] += y.bias[first + i];
+  activate(sums, count, y.activation);
+  store_row(sums, count, y, row, first);
 }
 
-void gru(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* __restrict h) {
-  for (int64_t j = begin; j < end; ++j) {
-    const float r = sigmoid_of(input[j] + recurrent[j]);
-    const float z = sigmoid_of(input[hidden + j] + recurrent[hidden + j]);
-    const float n = tanh_of(input[2 * hidden + j] + r * recurrent[2 * hidden + j]);
-    h[j] = n + z * (h[j] - n);
+// The same for `rows` rows of `Columns` sums, of which `count` are of channels that exist. Constants make it much faster.
+template <int64_t Columns>
+inline void finish_rows(float* sums, int64_t rows, int64_t count, const Output& y, int64_t row, int64_t first) {
+  if (count < Columns) {
+    for (int64_t r = 0; r < rows; ++r) finish_row(sums + r * Columns, count, y, row + r, first);
+    return;
   }
+  if (y.bias) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < Columns; ++i) sums[r * Columns + i] += y.bias[first + i];
+  }
+  activate(sums, rows * Columns, y.activation);
+  for (int64_t r = 0; r < rows; ++r) store_row(sums + r * Columns, Columns, y, row + r, first);
+}
+
+// One step of an LSTM (gates i, f, g, o) and of a GRU (r, z, n) for some hidden units of one sequence, as torch has them.
+void lstm(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h, float* c) {
+  const auto gate = [&](int64_t g) { return input + g * hidden + begin; };
+  const auto inner = [&](int64_t g) { return recurrent + g * hidden + begin; };
+  const auto next = [](Floats i, Floats i_h, Floats f, Floats f_h, Floats g, Floats g_h, Floats before) {
+    return sigmoid_of(f + f_h) * before + sigmoid_of(i + i_h) * tanh_of(g + g_h);
+  };
+  const int64_t count = end - begin;
+  const float* before = c + begin;
+  each_of(count, next, c + begin, gate(0), inner(0), gate(1), inner(1), gate(2), inner(2), before);
+  const auto output = [](Floats o, Floats o_h, Floats cell) { return sigmoid_of(o + o_h) * tanh_of(cell); };
+  each_of(count, output, h + begin, gate(3), inner(3), before);
+}
+
+void gru(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h) {
+  const auto gate = [&](int64_t g) { return input + g * hidden + begin; };
+  const auto inner = [&](int64_t g) { return recurrent + g * hidden + begin; };
+  const auto next = [](Floats r, Floats r_h, Floats z, Floats z_h, Floats n, Floats n_h, Floats before) {
+    const Floats candidate = tanh_of(n + sigmoid_of(r + r_h) * n_h);
+    return candidate + sigmoid_of(z + z_h) * (before - candidate);
+  };
+  const float* before = h + begin;
+  each_of(end - begin, next, h + begin, gate(0), inner(0), gate(1), inner(1), gate(2), inner(2), before);
 }
 
 } // namespace

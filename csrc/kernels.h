@@ -74,10 +74,13 @@ struct Kernels {
   // Output channels of the panel for the input's rows [begin, end).
   void (*multiply)(const Weight&, int64_t first, const void* panel, const Quantized&, int64_t begin, int64_t end, const Output&);
 
-  // Activations stay float: output channels [begin, end) for all `rows` of x [rows, columns].
+  // Activations stay float: output channels [begin, end) for all rows of x [rows, columns], of which there are at most
+  // float_rows. `scratch` has float_scratch() floats.
+  int64_t float_rows;
   void (*linear_float)(const Weight&, const float* x, int64_t rows, int64_t begin, int64_t end, float* scratch,
                        const Output&);
-  int64_t (*float_scratch)(const Weight&); // floats of scratch that linear_float needs
+  int64_t (*float_scratch)();
+  void (*finish)(float* sums, int64_t count, const Output&, int64_t row, int64_t first); // what Output says, for one row
 
   // Rows of a table: out[i] = row indices[i], float32.
   void (*rows)(const Weight&, const int64_t* indices, int64_t begin, int64_t end, float* out);
@@ -92,5 +95,8 @@ float* row_scratch(int64_t count); // this thread's, valid until its next call
 
 const Kernels& kernels();                // the best that this CPU has, or what FEWBIT_ISA names
 std::vector<const Kernels*> available(); // all that it has, the best first
+
+// Whether `kernels` computes what `reference` does on the operands that come nearest to overflow.
+bool agree(const Kernels& kernels, const Kernels& reference);
 
 } // namespace fewbit

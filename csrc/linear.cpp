@@ -148,18 +148,35 @@ Tensor linear_weight_only(Tensor x, Tensor packed, Tensor scale, std::optional<T
   const int64_t rows = w.rows == 0 ? 0 : y.numel() / w.rows;
   if (!rows) return y;
   const Kernels& k = kernels();
-  const float* values = static_cast<const float*>(x.const_data_ptr());
-  thread_local Scratch activations, scratch;
-  if (type != Type::f32) {
-    float* converted = static_cast<float*>(activations.get(rows * w.columns * 4));
-    k.to_float(x.const_data_ptr(), type, rows * w.columns, converted);
-    values = converted;
+  Tensor rows_of_x = torch::stable::view(x, {rows, w.columns});
+  if (type != Type::f32) rows_of_x = torch::stable::to(rows_of_x, ScalarType::Float);
+  const int64_t work = rows * w.rows * w.columns;
+  if (rows <= k.float_rows) {
+    thread_local Scratch scratch;
+    const float* values = static_cast<const float*>(rows_of_x.const_data_ptr());
+    in_parallel(ceil_div(w.rows, 8), work, [&](int64_t begin, int64_t end) {
+      float* memory = static_cast<float*>(scratch.get(k.float_scratch() * sizeof(float)));
+      k.linear_float(w, values, rows, begin * 8, std::min(end * 8, w.rows), memory, out);
+    });
+    return y;
   }
-  in_parallel(ceil_div(w.rows, 8), rows * w.rows * w.columns, [&](int64_t begin, int64_t end) {
-    float* memory = static_cast<float*>(scratch.get(k.float_scratch(w) * 4));
-    k.linear_float(w, values, rows, begin * 8, std::min(end * 8, w.rows), memory, out);
-  });
-  activations.release_if_large();
+  // Many rows: a piece of the weight at a time in float, for torch's own matrix product.
+  const int64_t piece = std::min(w.rows, std::max<int64_t>(64, (int64_t{1} << 20) / std::max<int64_t>(w.columns, 1)));
+  std::vector<int64_t> channels(piece);
+  for (int64_t first = 0; first < w.rows; first += piece) {
+    const int64_t count = std::min(piece, w.rows - first);
+    for (int64_t i = 0; i < count; ++i) channels[i] = first + i;
+    Tensor part = torch::stable::new_empty(rows_of_x, {count, w.columns});
+    float* values = static_cast<float*>(part.mutable_data_ptr());
+    in_parallel(count, count * w.columns * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) k.rows(w, channels.data() + i, 0, 1, values + i * w.columns);
+    });
+    Tensor sums = torch::stable::matmul(rows_of_x, torch::stable::transpose(part, 0, 1));
+    float* sum = static_cast<float*>(sums.mutable_data_ptr());
+    in_parallel(rows, rows * count * 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) k.finish(sum + row * count, count, out, row, first);
+    });
+  }
   return y;
 }
 

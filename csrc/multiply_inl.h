@@ -342,7 +342,7 @@ void rows_of_panel(const Weight& w, int64_t first, const Panel& panel, const Qua
     tile<D, R, false, true>(w, panel, in, row, out);
   }
   const int64_t valid = w.rows - first < kColumns ? w.rows - first : kColumns;
-  for (int r = 0; r < R; ++r) finish_row(out + r * kColumns, valid, y, row + r, first);
+  finish_rows<kColumns>(out, R, valid, y, row, first);
 }
 
 template <class D>

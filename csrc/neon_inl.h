@@ -30,6 +30,7 @@ struct Neon : Plain {
   static F times(F a, F b) { return vmulq_f32(a, b); }
   static F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
   static F to_float(I v) { return vcvtq_f32_s32(v); }
+  static I power_of_two(I n) { return vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23); } // bits of 2^n
   static I low(I bytes) { return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(bytes), vdupq_n_u8(15))); }
   static I high(I bytes) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(bytes), 4)); }
   static int32_t sum(I v) { return vaddvq_s32(v); }
@@ -48,11 +49,6 @@ struct Neon : Plain {
       codes[1] = high(codes[0]);
       codes[0] = low(codes[0]);
     }
-  }
-
-  static void nibbles16(const uint8_t* bytes, uint8_t* out) {
-    const uint8x8_t v = vld1_u8(bytes), even = vand_u8(v, vdup_n_u8(15)), odd = vshr_n_u8(v, 4);
-    vst1q_u8(out, vcombine_u8(vzip1_u8(even, odd), vzip2_u8(even, odd)));
   }
 };
 

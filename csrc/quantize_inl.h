@@ -89,6 +89,15 @@ struct Plain {
       odd[i] = codes[2 * i + 1];
     }
   }
+  // kBlock stored codes of `B` bits to (code - zero_point) * scale.
+  template <int B> static void block_to_float(const uint8_t* bytes, int32_t zero_point, float scale, float* out) {
+    int8_t codes[kBlock];
+    for (int64_t i = 0; i < kBlock / 2; ++i) {
+      codes[2 * i] = static_cast<int8_t>(B == 8 ? bytes[2 * i] : (bytes[i] & 15) - 8);
+      codes[2 * i + 1] = static_cast<int8_t>(B == 8 ? bytes[2 * i + 1] : (bytes[i] >> 4) - 8);
+    }
+    for (int64_t i = 0; i < kBlock; ++i) out[i] = static_cast<float>(codes[i] - zero_point) * scale;
+  }
 };
 
 // One row of activations. Its scales are those of `input_group` columns (0: of the whole row), repeated where the weight's

@@ -9,16 +9,12 @@ struct Simd : Plain {
   static constexpr int kPanelVectors = 2;
   static constexpr int kPackRows = 1;
   static constexpr int kLanes = 4;
-  struct I {
-    int32_t lane[kLanes];
-  };
-  struct F {
-    float lane[kLanes];
-  };
+  typedef int32_t I __attribute__((vector_size(kBytes)));
+  typedef float F __attribute__((vector_size(kBytes)));
 
   template <class R, class O> static R each(O value) {
     R r;
-    for (int i = 0; i < kLanes; ++i) r.lane[i] = value(i);
+    for (int i = 0; i < kLanes; ++i) r[i] = value(i);
     return r;
   }
   static void pin(I&) {}
@@ -43,18 +39,19 @@ struct Simd : Plain {
     return all(bits);
   }
   // Through unsigned: sums may wrap around on the way to one that fits.
-  static I add(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a.lane[i]) + uint32_t(b.lane[i])); }); }
-  static I subtract(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a.lane[i]) - uint32_t(b.lane[i])); }); }
-  static I multiply(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a.lane[i]) * uint32_t(b.lane[i])); }); }
-  static F times(F a, F b) { return each<F>([=](int i) { return a.lane[i] * b.lane[i]; }); }
-  static F fma(F a, F b, F c) { return each<F>([=](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; }); }
-  static F to_float(I v) { return each<F>([=](int i) { return static_cast<float>(v.lane[i]); }); }
-  static I low(I bytes) { return each<I>([=](int i) { return bytes.lane[i] & 0x0f0f0f0f; }); }
-  static I high(I bytes) { return each<I>([=](int i) { return (bytes.lane[i] >> 4) & 0x0f0f0f0f; }); }
-  static int32_t sum(I v) { return v.lane[0] + v.lane[1] + v.lane[2] + v.lane[3]; }
-  static float sum(F v) { return (v.lane[0] + v.lane[1]) + (v.lane[2] + v.lane[3]); }
+  static I add(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a[i]) + uint32_t(b[i])); }); }
+  static I subtract(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a[i]) - uint32_t(b[i])); }); }
+  static I multiply(I a, I b) { return each<I>([=](int i) { return int32_t(uint32_t(a[i]) * uint32_t(b[i])); }); }
+  static F times(F a, F b) { return each<F>([=](int i) { return a[i] * b[i]; }); }
+  static F fma(F a, F b, F c) { return each<F>([=](int i) { return a[i] * b[i] + c[i]; }); }
+  static F to_float(I v) { return each<F>([=](int i) { return static_cast<float>(v[i]); }); }
+  static I power_of_two(I n) { return each<I>([=](int i) { return int32_t((uint32_t(n[i]) + 127) << 23); }); }
+  static I low(I bytes) { return each<I>([=](int i) { return bytes[i] & 0x0f0f0f0f; }); }
+  static I high(I bytes) { return each<I>([=](int i) { return (bytes[i] >> 4) & 0x0f0f0f0f; }); }
+  static int32_t sum(I v) { return v[0] + v[1] + v[2] + v[3]; }
+  static float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
   static F load_bf16(const uint16_t* p) { return each<F>([=](int i) { return float_of(uint32_t{p[i]} << 16); }); }
-  template <int64_t Blocks> static F spread(F scale, int64_t first) { return all(scale.lane[first]); }
+  template <int64_t Blocks> static F spread(F scale, int64_t first) { return all(scale[first]); }
   static I first_lane(int32_t v) {
     return each<I>([=](int i) { return i ? 0 : v; });
   }
@@ -64,12 +61,6 @@ struct Simd : Plain {
         const int k = s * 4 + i;
         out[s * step_bytes + i] = B == 8 ? rows[k] : k < 16 ? rows[k] & 15 : rows[k - 16] >> 4;
       }
-  }
-  static void nibbles16(const uint8_t* bytes, uint8_t* out) {
-    for (int i = 0; i < 8; ++i) {
-      out[2 * i] = bytes[i] & 15;
-      out[2 * i + 1] = bytes[i] >> 4;
-    }
   }
 };
 
@@ -89,9 +80,9 @@ template <int32_t Offset> struct Dot {
   static Acc step(Acc acc, Code w, X x) {
     return Simd::each<Acc>([&](int i) {
       int8_t a[4], b[4];
-      std::memcpy(a, &w.lane[i], 4);
-      std::memcpy(b, &x.lane[i], 4);
-      return acc.lane[i] + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+      std::memcpy(a, &w[i], 4);
+      std::memcpy(b, &x[i], 4);
+      return acc[i] + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
     });
   }
   static Simd::I finish(Acc acc) { return acc; }

@@ -1,0 +1,75 @@
+// Whether an instruction set's kernels compute what the portable ones do, on the operands that come nearest to overflow.
+#include <vector>
+
+#include "kernels.h"
+
+namespace fewbit {
+
+namespace {
+
+// All products of a problem whose scales are 1, so that every output is an exact integer.
+std::vector<float> outputs(const Kernels& k, const Weight& w, int64_t input_group, const std::vector<float>& x, int64_t rows) {
+  const int64_t stride = k.code_bytes(w), starts = k.starts(w);
+  std::vector<int8_t> codes(rows * stride);
+  std::vector<float> scale(rows * w.groups), y(rows * w.rows);
+  std::vector<int32_t> sums(rows * w.groups), bonus(rows * w.groups), start(rows * starts);
+  const Quantized q{codes.data(), stride, scale.data(), sums.data(), bonus.data(), start.data(), starts, rows};
+  const bool gemv = rows <= k.gemv_rows;
+  for (int64_t row = 0; row < rows; ++row) k.quantize(x.data(), Type::f32, row, w.columns, input_group, w, gemv, q);
+  const Output out{y.data(), w.rows, Type::f32, nullptr, Activation::none};
+  if (gemv) {
+    k.gemv(w, q, 0, w.rows, out);
+    return y;
+  }
+  std::vector<uint8_t> memory(k.panel_bytes(w) + 64);
+  void* panel = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
+  for (int64_t first = 0; first < w.rows; first += k.panel_columns) {
+    k.pack(w, first, panel);
+    k.multiply(w, first, panel, q, 0, rows, out);
+  }
+  return y;
+}
+
+} // namespace
+
+bool agree(const Kernels& kernels, const Kernels& reference) {
+  constexpr int64_t kRows = 36, kColumns = 328, kGroup = 32;
+  for (const int bits : {8, 4}) {
+    Weight w;
+    w.rows = kRows;
+    w.columns = kColumns;
+    w.bits = bits;
+    w.row_bytes = kColumns * bits / 8;
+    // Rows of the largest, of the smallest and of alternating codes, and of all kinds of them.
+    std::vector<uint8_t> codes(kRows * w.row_bytes);
+    for (int64_t n = 0; n < kRows; ++n)
+      for (int64_t i = 0; i < w.row_bytes; ++i) {
+        const uint8_t high = bits == 8 ? 127 : 255, low = bits == 8 ? 128 : 0;
+        const uint8_t kinds[] = {high, low, i % 2 ? high : low, static_cast<uint8_t>(i * 37 + n * 11)};
+        codes[n * w.row_bytes + i] = kinds[n % 4];
+      }
+    w.codes = codes.data();
+    std::vector<float> ones(kRows * ceil_div(kColumns, kGroup), 1.0f);
+    std::vector<int8_t> zeros(ones.size(), bits == 8 ? -128 : 7);
+    w.scale = ones.data();
+    w.scale_type = Type::f32;
+    for (const int64_t group : {int64_t{0}, kGroup})
+      for (const bool symmetric : {true, false})
+        for (const int64_t rows : {int64_t{1}, int64_t{3}, int64_t{9}}) {
+          w.group = group ? group : round_up(kColumns, kBlock);
+          w.groups = ceil_div(kColumns, w.group);
+          w.scale_stride = w.groups;
+          w.zero_point = symmetric ? nullptr : zeros.data();
+          std::vector<float> x(rows * kColumns);
+          for (int64_t r = 0; r < rows; ++r)
+            for (int64_t k = 0; k < kColumns; ++k) {
+              const float kinds[] = {127.0f, -127.0f, k % 2 ? 127.0f : -127.0f};
+              x[r * kColumns + k] = k % 32 == 31 ? 127.0f : kinds[r % 3]; // the scale of every group is 1
+            }
+          if (outputs(kernels, w, group, x, rows) != outputs(reference, w, group, x, rows)) return false;
+        }
+  }
+  return true;
+}
+
+} // namespace fewbit

@@ -1,0 +1,189 @@
+"""The recurrent part of LSTM and GRU on quantized weights, and the two torch operators that have compiled kernels.
+
+    fewbit::lstm, fewbit::gru   all steps of one layer in one direction; h to int8 at each step, integer products
+
+Gates, cell state and nonlinearities stay float. As in ``linear``, gradients are those of the products with rounded operands,
+and the operators themselves have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbit.ops import native
+from fewbit.ops.linear import (
+    LIBRARY,
+    TAGS,
+    Numbers,
+    assembled,
+    call,
+    granularity_of,
+    integer_products,
+    linear,
+    numbers_of,
+    register,
+)
+from fewbit.qtensor import QTensor
+from fewbit.spec import PER_TOKEN, QuantSpec
+
+States = tuple[Tensor, ...]  # h, and for an LSTM c: [rows, size]
+Product = Callable[[Tensor], Tensor]  # of h and the recurrent weight, plus bias
+Step = Callable[[Tensor, States], States]
+
+_WEIGHT = "Tensor packed, Tensor scale, Tensor? zero_point, Tensor? bias, int bits, int weight_group, int input_group"
+_STEPS = "SymInt[] sizes, bool reverse"
+LIBRARY.define(f"lstm(Tensor gates, Tensor h, Tensor c, {_WEIGHT}, {_STEPS}) -> (Tensor, Tensor, Tensor)", tags=TAGS)
+LIBRARY.define(f"gru(Tensor gates, Tensor h, {_WEIGHT}, {_STEPS}) -> (Tensor, Tensor)", tags=TAGS)
+
+
+def recurrent(
+    cell: str,
+    gates: Tensor,
+    states: States,
+    weight: QTensor | Tensor,
+    bias: Tensor | None,
+    spec: QuantSpec | None,
+    sizes: Sequence[int],
+    reverse: bool,
+    projection: QTensor | Tensor | None = None,
+) -> tuple[Tensor, States]:
+    """Outputs ``[sum(sizes), size]`` and the last states of each sequence.
+
+    ``cell``: "lstm" or "gru". ``gates``: the input's share, bias included, of all steps: ``sizes[0]`` rows of step 0, then
+    those of step 1, ... Sequences that have ended, or backwards (``reverse``) not begun, keep their state. ``spec`` says how
+    h is quantized; weights that are tensors stay float.
+    """
+    numbers = None if isinstance(weight, Tensor) or spec is None else numbers_of(weight, spec)
+    floats = (bias, gates, *states)
+    wants_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
+    plain = projection is not None or any(x.dtype != torch.float32 for x in (gates, *states))
+    # torch.compile does not trace autograd.grad.
+    if numbers is None or plain or (wants_gradients and torch.compiler.is_dynamo_compiling()):
+
+        def step(gates: Tensor, states: States) -> States:
+            h, *others = CELLS[cell](gates, states, lambda h: product(h, weight, bias, spec))
+            return (h if projection is None else product(h, projection, None, spec), *others)
+
+        return _scan(step, gates, states, sizes, reverse)
+    assert isinstance(weight, QTensor)
+    run: Any = _Differentiable.apply if wants_gradients else _operator
+    y, *last = run(cell, numbers, sizes, reverse, weight.packed, weight.scale, weight.zero_point, *floats)
+    return y, tuple(last)
+
+
+def product(x: Tensor, weight: QTensor | Tensor, bias: Tensor | None, spec: QuantSpec | None) -> Tensor:
+    """``linear`` with weights that may be float."""
+    if isinstance(weight, Tensor):
+        return torch.nn.functional.linear(x, weight, bias)
+    return linear(x, weight, bias, spec)
+
+
+def lstm_step(gates: Tensor, states: States, product: Product) -> States:
+    """The next states, from the input's share of the gates ``[rows, 4 * hidden]``."""
+    h, c = states
+    i, f, g, o = (gates + product(h)).chunk(4, 1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def gru_step(gates: Tensor, states: States, product: Product) -> States:
+    """The next state, from the input's share of the gates ``[rows, 3 * hidden]``."""
+    [h] = states
+    r, z, n = gates.chunk(3, 1)
+    r_h, z_h, n_h = product(h).chunk(3, 1)
+    r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
+    n = torch.tanh(n + r * n_h)
+    return (n + z * (h - n),)
+
+
+CELLS: dict[str, Callable[[Tensor, States, Product], States]] = {"lstm": lstm_step, "gru": gru_step}
+
+
+def _scan(step: Step, gates: Tensor, states: States, sizes: Sequence[int], reverse: bool) -> tuple[Tensor, States]:
+    outputs: list[Tensor] = []
+    steps = list(zip(gates.split(list(sizes)), sizes, strict=True))
+    for part, rows in reversed(steps) if reverse else steps:
+        new = step(part, tuple(state[:rows] for state in states))
+        outputs.append(new[0])
+        if rows < len(states[0]):
+            new = tuple(torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True))
+        states = new
+    return torch.cat(outputs[::-1] if reverse else outputs), states
+
+
+def _operator(
+    cell: str,
+    numbers: Numbers,
+    sizes: Sequence[int],
+    reverse: bool,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    *floats: Tensor,
+) -> tuple[Tensor, ...]:
+    _, bits, group, input_group, _ = numbers
+    operator = getattr(torch.ops.fewbit, cell)
+    return operator(*floats, packed, scale, zero_point, bias, bits, group, input_group, sizes, reverse)
+
+
+class _Differentiable(torch.autograd.Function):
+    """Backward goes through the steps once more, one product after the other."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+        return _operator(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.cell, ctx.numbers, ctx.sizes, ctx.reverse, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        packed, scale, zero_point, *floats = ctx.saved_tensors
+        needed = ctx.needs_input_grad[-len(floats) :]
+        leaves: list[Any] = [x if x is None else x.detach() for x in floats]
+        wanted = [leaf.requires_grad_() for leaf, need in zip(leaves, needed, strict=True) if need]
+        bias, gates, *states = leaves
+
+        def step(gates: Tensor, states: States) -> States:
+            return CELLS[ctx.cell](gates, states, lambda h: call(h, packed, scale, zero_point, bias, ctx.numbers))
+
+        with torch.enable_grad():
+            y, last = _scan(step, gates, tuple(states), ctx.sizes, ctx.reverse)
+        found = iter(torch.autograd.grad((y, *last), wanted, slopes))
+        return (*[None] * 7, *(next(found) if need else None for need in needed))
+
+
+def _reference(cell: str, gates: Tensor, states: States, arguments: Sequence[Any]) -> tuple[Tensor, ...]:
+    packed, scale, zero_point, bias, bits, weight_group, input_group, sizes, reverse = arguments
+    native.remind(gates)
+    weight = assembled(packed, scale, zero_point, states[0].shape[1], bits, weight_group)
+    spec = QuantSpec("int8", granularity_of(input_group, PER_TOKEN))
+
+    def step(gates: Tensor, states: States) -> States:
+        return CELLS[cell](gates, states, lambda h: integer_products(h, weight, bias, spec))
+
+    y, last = _scan(step, gates, states, sizes, reverse)
+    return (y, *last)
+
+
+def _fake(gates: Tensor, states: States) -> tuple[Tensor, ...]:
+    return (gates.new_empty((gates.shape[0], states[0].shape[1])), *(state.new_empty(state.shape) for state in states))
+
+
+register(
+    "lstm",
+    lambda gates, h, c, *arguments: _reference("lstm", gates, (h, c), arguments),
+    lambda gates, h, c, *_: _fake(gates, (h, c)),
+)
+register(
+    "gru",
+    lambda gates, h, *arguments: _reference("gru", gates, (h,), arguments),
+    lambda gates, h, *_: _fake(gates, (h,)),
+)
