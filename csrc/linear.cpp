@@ -90,18 +90,17 @@ void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int6
   if (gemv) {
     in_parallel(w.rows, work, [&](int64_t begin, int64_t end) { k.gemv(w, q, begin, end, y); });
   } else {
-    // Panels are the unit of work; where they are few, each is shared out by rows, and packed by each who has a part of it.
+    // A task is a panel for a share of the rows, whose codes stay in a core's cache while panel after panel meets them.
+    constexpr int64_t kCached = 192 << 10, kLeastRows = 48; // bytes of codes; rows that are worth packing a panel
     const int64_t columns = ceil_div(w.rows, k.panel_columns);
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t shares = columns >= 4 * threads ? 1 : std::min(ceil_div(4 * threads, columns), ceil_div(rows, 48));
-    const int64_t share = ceil_div(rows, shares);
-    in_parallel(columns * shares, work, [&](int64_t begin, int64_t end) {
+    const int64_t wanted = std::max(ceil_div(rows * q.stride, kCached), columns < 4 * threads ? ceil_div(4 * threads, columns) : 1);
+    const int64_t share = ceil_div(rows, std::min(wanted, ceil_div(rows, kLeastRows)));
+    in_parallel(columns * ceil_div(rows, share), work, [&](int64_t begin, int64_t end) {
       void* panel = panels.get(k.panel_bytes(w));
-      int64_t packed = -1;
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t column = task / shares, first = column * k.panel_columns, top = task % shares * share;
-        if (column != packed) k.pack(w, first, panel);
-        packed = column;
+        const int64_t first = task % columns * k.panel_columns, top = task / columns * share;
+        k.pack(w, first, panel);
         k.multiply(w, first, panel, q, top, std::min(top + share, rows), y);
       }
     });

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import fewbit
 from fewbit.cli import app, main
+from fewbit.ops import native
 
 TASK = """
 import torch
@@ -66,6 +67,7 @@ def test_doctor() -> None:
     code, output = invoke("doctor")
     assert code == 0
     assert torch.__version__ in output and fewbit.probe().cpu in output and "accelerator" in output
+    assert (native.isa() if native.LOADED else "plain-torch reference") in output
 
 
 def test_quantize_and_compare_and_report(task: Path, tmp_path: Path) -> None:

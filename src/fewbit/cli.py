@@ -13,6 +13,7 @@ from rich.table import Table
 
 import fewbit
 from fewbit.errors import EvaluationError, FewbitError
+from fewbit.ops import native
 from fewbit.report import make_folder, write_report, write_text
 from fewbit.search.answer import FLOAT
 from fewbit.targets import saved_bytes
@@ -38,7 +39,8 @@ def doctor() -> None:
     table.add_row("cores", f"{machine.cores}, {machine.threads} threads used by torch")
     table.add_row("memory", f"{machine.memory / 2**30:.1f} GiB")
     table.add_row("accelerator", machine.accelerator)
-    table.add_row("kernels", "plain-torch reference: exact, usually slower than float")
+    kernels = native.isa() if native.LOADED else "plain-torch reference: exact, usually slower than float"
+    table.add_row("kernels", kernels)
     table.add_row("system", machine.system)
     for name, version in machine.versions.items():
         table.add_row(name, version)

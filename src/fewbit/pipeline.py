@@ -35,7 +35,7 @@ def quantize(
 ) -> nn.Module:
     """A quantized copy of ``model``, in eval mode. ``model`` itself is not changed.
 
-    ``recipe``: a preset's name ("int8-dynamic", "int8-static", "int4-weight-only"), a TOML file or a Recipe.
+    ``recipe``: a preset's name (see ``fewbit.presets()``: "int8-dynamic", ...), a TOML file or a Recipe.
     ``calibration``: an iterable of batches (see ``fewbit.batches.calls``); recipes with static ranges need it, others use
     it if it is given and the method can. ``exclude``: patterns of layers to leave in float (see ``Rule``).
 

@@ -16,6 +16,13 @@ from torch import Tensor, nn
 import fewbit
 from fewbit import PER_TOKEN, QuantSpec, Recipe, Rule, Scheme, per_channel, per_group
 from fewbit.nn import LAYERS, QuantizedLayer
+from fewbit.transforms.fuse_activation import fuse_activations
+
+
+def linear_with_gelu() -> nn.Module:
+    model = nn.Sequential(nn.Linear(64, 48), nn.GELU())
+    fuse_activations(model, [("0", "1", "gelu")])
+    return model[0]
 
 
 def conv1d_of_transformers() -> nn.Module:
@@ -38,6 +45,7 @@ class Example:
 EXAMPLES: dict[str, Example] = {
     "torch.nn.modules.linear.Linear": Example(lambda: nn.Linear(64, 48), lambda: (torch.randn(5, 3, 64),), "linear"),
     "transformers.pytorch_utils.Conv1D": Example(conv1d_of_transformers, lambda: (torch.randn(5, 64),), "linear"),
+    "fewbit.transforms.fuse_activation.Linear": Example(linear_with_gelu, lambda: (torch.randn(5, 3, 64),), "linear"),
     "torch.nn.modules.conv.Conv1d": Example(
         lambda: nn.Conv1d(8, 12, 5, padding=2), lambda: (torch.randn(2, 8, 20),), "conv"
     ),
@@ -79,13 +87,21 @@ SCHEMES: dict[str, tuple[Scheme, tuple[str, ...]]] = {
         ("linear", "conv"),
     ),
     "int8-weight-only": (Scheme(INT8), ("linear", "conv", "table", "recurrent")),
+    "int4-dynamic": (
+        Scheme(QuantSpec("int4", per_group(32), scale_dtype="bfloat16"), QuantSpec("int8", per_group(32)), "mse"),
+        ("linear", "recurrent"),
+    ),
     "int4-weight-only": (
-        Scheme(QuantSpec("int4", per_group(16), scale_dtype="bfloat16"), method="mse"),
+        Scheme(QuantSpec("int4", per_group(32), scale_dtype="bfloat16"), method="mse"),
         ("linear", "conv", "table", "recurrent"),
     ),
     "int4-asymmetric": (
-        Scheme(QuantSpec("int4", per_group(16), symmetric=False), method="mse"),
+        Scheme(QuantSpec("int4", per_group(32), symmetric=False), method="mse"),
         ("linear", "conv", "table", "recurrent"),
+    ),
+    "int4-groups-of-16": (
+        Scheme(QuantSpec("int4", per_group(16)), QuantSpec("int8", per_group(16)), "mse"),
+        ("linear",),
     ),
     "nf4-weight-only": (
         Scheme(QuantSpec("nf4", per_group(8)), method="mse"),

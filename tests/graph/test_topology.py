@@ -76,3 +76,18 @@ def test_the_logging_level_is_restored_and_the_model_unchanged(cnn: nn.Module, i
     topology_of(cnn, images[0])
     assert logging.getLogger("torch.export").level == level and set(cnn.__dict__) == keys
     assert all(parameter.grad is None for parameter in cnn.parameters())
+
+
+def test_which_module_feeds_which() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.Sequential(nn.GELU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.a(x)) + self.act(self.b(x))
+
+    topology = topology_of(Shared(), torch.randn(2, 4))
+    assert topology.sources("act.0") == {"a", "b"} and topology.readers("act.0") == {""}
+    assert topology.readers("a") == topology.readers("b") == {"act.0"}
+    assert "" in topology.sources("a")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 import fewbit
-from fewbit import PER_TOKEN, QuantSpec, Recipe, Rule, Scheme, per_channel, per_group
+from fewbit import PER_TOKEN, QuantSpec, Recipe, Rule, Scheme, ops, per_channel, per_group
 from fewbit.nn import Linear
 from fewbit.qtensor import dequantize, fake_quantize
 
@@ -122,3 +125,35 @@ def test_an_outlying_row_does_not_disturb_others() -> None:
         together = layer(torch.cat([x[:1], 1e4 * x[1:]]))[:1]
     assert torch.equal(alone, together)
     assert torch.equal(fake_quantize(x[:1], spec), fake_quantize(torch.cat([x[:1], 1e4 * x[1:]]), spec)[:1])
+
+
+@pytest.mark.parametrize("spec", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize(
+    "weight", [INT8, QuantSpec("int4", per_group(32), scale_dtype="bfloat16")], ids=["int8", "int4"]
+)
+def test_a_layer_that_changes_computes_as_it_is_then(weight: QuantSpec, spec: QuantSpec | None) -> None:
+    """What is known in advance stays true in copies, without input quantization, in half, and for float64 inputs."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 30)
+    layer = quantized(nn.Linear(30, 12), weight, spec, x)
+    for changed in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.weight_only()):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            bias = None if changed.bias is None else changed.bias.to(dtype)
+            grid = (changed.input_scale, changed.input_zero_point)
+            with torch.no_grad():
+                if changed.bias is not None:
+                    changed.bias.data = changed.bias.data.to(dtype)
+                expected = ops.linear(x.to(dtype), changed.qtensor(), bias, changed.scheme.input, *grid)
+                assert torch.equal(changed(x.to(dtype)), expected)
+    assert layer.weight_only().scheme.input is None and layer.weight_only()._numbers is not None
+
+
+def test_new_weights_are_used() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 30)
+    first, second = (quantized(nn.Linear(30, 12), INT8, INPUTS["token"], x) for _ in range(2))
+    with torch.no_grad():
+        expected = second(x)
+        assert torch.equal(torch.func.functional_call(first, second.state_dict(), (x,)), expected)
+        first.load_state_dict(second.state_dict(), assign=True)
+        assert torch.equal(first(x), expected)

@@ -122,6 +122,83 @@ def test_a_sequence_is_the_same_alone_and_in_a_batch(cls: type[nn.Module]) -> No
     torch.testing.assert_close(layer(x)[0][:, 1], layer(x[:, 1])[0], atol=1e-6, rtol=1e-6)
 
 
+DYNAMIC = {
+    "int8": Scheme(INT8, QuantSpec("int8", PER_TOKEN)),
+    "int8-asymmetric": Scheme(QuantSpec("int8", per_channel(0), symmetric=False), QuantSpec("int8", PER_TOKEN)),
+    "int4": Scheme(QuantSpec("int4", per_group(32), scale_dtype="bfloat16"), QuantSpec("int8", per_group(32))),
+}
+OPERATOR_CASES = [case for case in CASES if "proj_size" not in case.values[1]]
+
+
+def dynamic(cls: type[nn.Module], settings: dict[str, Any], scheme: str, hidden: int = 37) -> QuantizedLayer:
+    torch.manual_seed(0)
+    layer = fewbit.quantize(cls(24, hidden, **settings).eval(), Recipe("test", (Rule("*", DYNAMIC[scheme]),)))
+    assert isinstance(layer, QuantizedLayer)
+    return layer
+
+
+def assert_near(first: Any, second: Any) -> None:
+    """Here and there a code of h next to a rounding boundary falls to the other side."""
+    if isinstance(first, Tensor):
+        error = (first - second).abs()
+        assert first.shape == second.shape and float(error.max()) < 5e-3 and float(error.mean()) < 2e-4
+    else:
+        for a, b in zip(first, second, strict=True):
+            assert_near(a, b)
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+@pytest.mark.parametrize(("cls", "settings"), OPERATOR_CASES)
+@torch.no_grad()
+def test_operators_do_what_the_steps_in_float64_do(cls: type[nn.Module], settings: dict[str, Any], scheme: str) -> None:
+    layer = dynamic(cls, settings, scheme)
+    steps = copy.deepcopy(layer).double()
+    x = torch.randn(4, 4, 24)
+    assert_near(layer(x), steps(x.double()))
+    assert_near(layer(x[:, 1]), steps(x[:, 1].double()))
+    for lengths in ([4, 3, 3, 1], [2, 4, 1, 3]):
+        inputs = (
+            pack_padded_sequence(each, torch.tensor(lengths), settings.get("batch_first", False), enforce_sorted=False)
+            for each in (x, x.double())
+        )
+        (found, last), (expected, exact) = (each(packed) for each, packed in zip((layer, steps), inputs, strict=True))
+        assert_near(found.data, expected.data)
+        assert_near(last, exact)
+
+
+@pytest.mark.parametrize("scheme", DYNAMIC)
+@pytest.mark.parametrize(("cls", "settings"), OPERATOR_CASES)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch._dynamo does so
+@torch.no_grad()
+def test_exported_and_compiled_layers_call_an_operator_for_each_direction(
+    cls: type[nn.Module], settings: dict[str, Any], scheme: str
+) -> None:
+    layer, x = dynamic(cls, settings, scheme), torch.randn(5, 3, 24)
+    count = settings.get("num_layers", 1) * (2 if settings.get("bidirectional") else 1)
+    axis = 0 if settings.get("batch_first") else 1
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({axis: torch.export.Dim("batch", min=2, max=64)},))
+    called = [str(node.target) for node in exported.graph.nodes]
+    assert called.count(f"fewbit.{cls.__name__.lower()}.default") == count
+    for inputs in (x, torch.cat([x, -x], axis)):
+        torch.testing.assert_close(exported.module()(inputs), layer(inputs), rtol=0, atol=0)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_layers_have_gradients(cls: type[nn.Module]) -> None:
+    layer, x = dynamic(cls, {"bidirectional": True}, "int8"), torch.randn(5, 3, 24)
+    torch.compiler.reset()
+    gradients = []
+    for each in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        leaf = x.clone().requires_grad_()
+        each(leaf)[0].square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
 @torch.no_grad()
 def test_int4_groups(cls: type[nn.Module]) -> None:

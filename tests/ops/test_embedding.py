@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from fewbit.ops import embedding
 from fewbit.ops.embedding import rows
+from fewbit.ops.linear import has_kernel
 from fewbit.qtensor import dequantize, quantize
 from fewbit.spec import PER_TENSOR, PER_TOKEN, QuantSpec, per_channel, per_group
 
@@ -53,3 +55,62 @@ def test_only_the_rows_asked_for_are_unpacked() -> None:
     assert few.shape == (2, 16)
     assert few.packed.shape == (2, 2)
     assert few.nbytes == table.nbytes // 50
+
+
+KERNEL_SPECS = {
+    "int8-rows": SPECS["int8-rows"],
+    "int8-asymmetric": QuantSpec("int8", PER_TOKEN, symmetric=False),
+    "int4-rows": SPECS["int4-rows"],
+    "int4-groups": QuantSpec("int4", per_group(32), symmetric=False, scale_dtype="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("spec", KERNEL_SPECS.values(), ids=KERNEL_SPECS.keys())
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_the_operator_is_bit_equal_to_the_dequantized_table(spec: QuantSpec, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    table = quantize(torch.randn(10, 75) * torch.rand(10, 1), spec)
+    assert has_kernel(table)
+    for shape in ((), (7,), (2, 3), (0, 2)):
+        indices = torch.randint(0, 10, shape, dtype=dtype)
+        assert torch.equal(embedding(indices, table), dequantize(table)[indices])
+    every_second = torch.arange(10, dtype=dtype)[::2]
+    assert torch.equal(embedding(every_second, table), dequantize(table)[::2])
+
+
+@pytest.mark.parametrize("spec", KERNEL_SPECS.values(), ids=KERNEL_SPECS.keys())
+def test_the_operator_passes_opcheck(spec: QuantSpec) -> None:
+    table = quantize(torch.randn(10, 75), spec)
+    numbers = (75, spec.number.bits, spec.granularity.group_size)
+    arguments = (torch.tensor([[3, 0], [9, 9]]), table.packed, table.scale, table.zero_point, *numbers)
+    torch.library.opcheck(torch.ops.fewbit.embedding.default, arguments)
+
+
+@pytest.mark.parametrize("spec", [*KERNEL_SPECS.values(), *SPECS.values()], ids=str)
+@pytest.mark.parametrize("index", [10, -1, 2**40])
+def test_indices_outside_the_table_are_refused(spec: QuantSpec, index: int) -> None:
+    table = quantize(torch.randn(10, 75), spec)
+    with pytest.raises(IndexError, match=rf"found index {index}: the table has 10 rows\."):
+        embedding(torch.tensor([[3, index]]), table)
+
+
+@pytest.mark.parametrize("spec", [KERNEL_SPECS["int8-rows"], SPECS["nf4-groups"]], ids=["operator", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_what_is_no_index_is_refused(spec: QuantSpec, dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match="dtype int32 or int64"):
+        embedding(torch.ones(2, dtype=dtype), quantize(torch.randn(10, 75), spec))
+
+
+def test_an_exported_table_is_one_operator() -> None:
+    table = quantize(torch.randn(10, 75), KERNEL_SPECS["int8-rows"])
+
+    class Table(nn.Module):
+        def forward(self, indices: torch.Tensor) -> torch.Tensor:
+            return embedding(indices, table)
+
+    indices = torch.tensor([1, 2])
+    exported = torch.export.export(Table(), (indices,))
+    called = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert "fewbit.embedding.default" in called
+    compiled = torch.compile(Table(), backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(indices), Table()(indices))

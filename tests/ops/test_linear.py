@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
-from fewbit.ops import linear
+from fewbit.ops import linear, native
+from fewbit.ops.linear import ACTIVATIONS, has_kernel, numbers_of
 from fewbit.qtensor import QTensor, dequantize, fake_quantize, qparams, quantize
 from fewbit.spec import PER_TENSOR, PER_TOKEN, Granularity, QuantSpec, per_channel, per_group
 
@@ -17,11 +22,13 @@ WEIGHTS = {
     "int8-tensor": QuantSpec("int8", PER_TENSOR),
     "int8-tensor-asymmetric": QuantSpec("uint8", PER_TENSOR, symmetric=False),
     "int8-columns": QuantSpec("int8", per_channel(1)),
-    "int8-groups": QuantSpec("int8", per_group(16)),
+    "int8-groups": QuantSpec("int8", per_group(32)),
+    "int8-groups-of-16": QuantSpec("int8", per_group(16)),
     "int8-bfloat16-scales": QuantSpec("int8", per_channel(0), scale_dtype="bfloat16"),
     "int4-rows": QuantSpec("int4", PER_TOKEN),
-    "int4-groups": QuantSpec("int4", per_group(16)),
-    "int4-groups-asymmetric": QuantSpec("int4", per_group(16), symmetric=False),
+    "int4-groups": QuantSpec("int4", per_group(32), scale_dtype="bfloat16"),
+    "int4-groups-of-16": QuantSpec("int4", per_group(16)),
+    "int4-groups-asymmetric": QuantSpec("int4", per_group(32), symmetric=False),
     "int4-one-group": QuantSpec("int4", per_group(64), symmetric=False),
     "int4-two-level": QuantSpec("int4", per_group(16), scale=QuantSpec("int8", per_channel(0))),
     "nf4-groups": QuantSpec("nf4", per_group(16)),
@@ -31,13 +38,17 @@ INPUTS = {
     "token-asymmetric": QuantSpec("uint8", PER_TOKEN, symmetric=False),
     "tensor": QuantSpec("int8", PER_TENSOR),
     "tensor-asymmetric": QuantSpec("int8", PER_TENSOR, symmetric=False),
-    "groups": QuantSpec("int8", per_group(16)),
+    "groups": QuantSpec("int8", per_group(32)),
+    "groups-of-16": QuantSpec("int8", per_group(16)),
     "groups-asymmetric": QuantSpec("int8", per_group(16), symmetric=False),
     "other-groups": QuantSpec("int8", per_group(8)),
     "channels": QuantSpec("int8", per_channel(-1)),
     "int4": QuantSpec("int4", PER_TOKEN),
     "nf4": QuantSpec("nf4", PER_TOKEN),
 }
+OTHER_WEIGHTS = {"int8-tensor", "int8-tensor-asymmetric", "int8-columns", "int8-groups-of-16", "int4-groups-of-16"}
+OTHER_WEIGHTS |= {"int4-two-level", "nf4-groups"}
+KERNEL_WEIGHTS = [spec for name, spec in WEIGHTS.items() if name not in OTHER_WEIGHTS]
 EVERY_WEIGHT = pytest.mark.parametrize("weight_spec", WEIGHTS.values(), ids=WEIGHTS.keys())
 OPERATOR_WEIGHTS = {name: WEIGHTS[name] for name in ("int8-rows", "int8-rows-asymmetric", "int4-groups-asymmetric")}
 OPERATOR_INPUTS = {"token": INPUTS["token"], "groups": INPUTS["groups"], "float": None}
@@ -220,7 +231,7 @@ def test_an_exported_layer_gives_equal_results(name: str, spec: str | None) -> N
     assert torch.equal(exported.module()(more), layer(more))
 
 
-@pytest.mark.parametrize("granularity", [per_channel(0), per_group(16)], ids=["rows", "groups"])
+@pytest.mark.parametrize("granularity", [per_channel(0), per_group(32)], ids=["rows", "groups"])
 @pytest.mark.parametrize("spec", [None, INPUTS["token"]], ids=["weight-only", "dynamic"])
 def test_layers_with_compiled_kernels_are_one_operator_in_the_graph(
     granularity: Granularity, spec: QuantSpec | None
@@ -229,3 +240,187 @@ def test_layers_with_compiled_kernels_are_one_operator_in_the_graph(
     graph = torch.export.export(Layer(weight, bias, spec), (x,)).graph
     called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert called == [f"fewbit.linear_{'weight_only' if spec is None else 'dynamic'}.default"]
+
+
+@EVERY_WEIGHT
+@pytest.mark.parametrize("spec", [None, *INPUTS.values()], ids=["float", *INPUTS])
+def test_operators_are_called_for_what_kernels_can_do(weight_spec: QuantSpec, spec: QuantSpec | None) -> None:
+    _, weight, _ = operands(weight_spec)
+    mine = weight_spec in KERNEL_WEIGHTS
+    assert has_kernel(weight) == mine
+    groups = 0 if spec is None else spec.granularity.group_size
+    agree = groups in (0, 32) and (groups == 0 or weight_spec.granularity.group_size in (0, 32))
+    expected = mine and spec in (None, INPUTS["token"], INPUTS["groups"]) and agree
+    assert (numbers_of(weight, spec) is not None) == expected
+
+
+@pytest.mark.parametrize("weight_spec", [WEIGHTS["int8-rows"], WEIGHTS["int4-groups"], WEIGHTS["nf4-groups"]], ids=str)
+@pytest.mark.parametrize("spec", [None, INPUTS["token"], INPUTS["tensor"]], ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_an_activation_follows(
+    weight_spec: QuantSpec, spec: QuantSpec | None, activation: str, dtype: torch.dtype
+) -> None:
+    x, weight, bias = operands(weight_spec)
+    x, bias = (0.1 * x).to(dtype), bias.to(dtype)
+    y = linear(x, weight, bias, spec, activation=activation)
+    expected = ACTIVATIONS[activation][0](linear(x, weight, bias, spec))
+    assert y.dtype == dtype
+    exact = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(y, expected, rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize("spec", [None, INPUTS["token"], INPUTS["tensor"]], ids=["float", "token", "tensor"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradients_through_an_activation(spec: QuantSpec | None, activation: str) -> None:
+    x, weight, bias = operands(WEIGHTS["int8-rows"])
+    x.requires_grad_()
+    bias.requires_grad_()
+    y = linear(x, weight, bias, spec, activation=activation)
+    with torch.no_grad():
+        assert torch.equal(y, linear(x, weight, bias, spec, activation=activation))
+    slope = torch.randn_like(y)
+    found = torch.autograd.grad(y, (x, bias), slope)
+    after = ACTIVATIONS[activation][0](linear(x, weight, bias, spec))
+    torch.testing.assert_close(found, torch.autograd.grad(after, (x, bias), slope))
+
+
+@pytest.mark.parametrize("spec", [None, INPUTS["token"]], ids=["weight-only", "dynamic"])
+def test_second_derivatives_through_an_activation(spec: QuantSpec | None) -> None:
+    x, weight, bias = operands(WEIGHTS["int8-rows"])
+    x.requires_grad_()
+
+    def second(fused: bool) -> Tensor:
+        before = linear(x, weight, bias, spec)
+        y = linear(x, weight, bias, spec, activation="gelu") if fused else nn.functional.gelu(before)
+        [first] = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(True), second(False))
+
+
+@pytest.mark.parametrize("weight_spec", OPERATOR_WEIGHTS.values(), ids=OPERATOR_WEIGHTS.keys())
+@pytest.mark.parametrize("spec", OPERATOR_INPUTS.values(), ids=OPERATOR_INPUTS.keys())
+def test_without_gradients_autograd_is_no_part_of_it(weight_spec: QuantSpec, spec: QuantSpec | None) -> None:
+    x, weight, bias = operands(weight_spec)
+    bias.requires_grad_()
+    expected = linear(x, weight, bias, spec)
+    assert expected.requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = linear(x, weight, bias, spec)
+            assert torch.equal(y, expected) and not y.requires_grad
+
+
+def test_a_mixed_dtype_bias_and_autocast() -> None:
+    """The result has the dtype of x, whatever the bias and autocast."""
+    x, weight, bias = operands(WEIGHTS["int8-rows"])
+    for spec in (None, INPUTS["token"]):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            expected = linear(x.to(dtype), weight, bias.to(dtype), spec)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = linear(x.to(dtype), weight, bias, spec)
+            assert y.dtype == dtype
+            atol = 4 * torch.finfo(dtype).eps * float(expected.abs().max())
+            torch.testing.assert_close(y, expected, rtol=0, atol=atol)
+
+
+def test_views_are_like_copies() -> None:
+    _, weight, bias = operands(WEIGHTS["int4-groups"])
+    x = torch.randn(3, COLUMNS, 2).transpose(1, 2)[:, 1:]
+    spread = torch.stack([bias, bias], 1)[:, 0]
+    for spec in (None, INPUTS["groups"]):
+        torch.testing.assert_close(linear(x, weight, spread, spec), linear(x.contiguous(), weight, bias, spec))
+
+
+@pytest.mark.parametrize("spec", [None, INPUTS["groups"]], ids=["weight-only", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["operator", "plain"])
+@pytest.mark.parametrize("shape", [(3, COLUMNS - 1), (COLUMNS + 1,), (3, 64), ()], ids=str)
+def test_inputs_of_the_wrong_size_are_refused(
+    shape: tuple[int, ...], dtype: torch.dtype, spec: QuantSpec | None
+) -> None:
+    _, weight, bias = operands(WEIGHTS["int4-groups"])
+    with pytest.raises(RuntimeError):
+        linear(torch.randn(shape, dtype=dtype), weight, bias, spec)
+    if dtype == torch.float32:
+        with pytest.raises(RuntimeError, match=rf"fewbit: x must be \[..., {COLUMNS}\]"):
+            linear(torch.randn(shape), weight, bias, spec)
+        on_meta = QTensor(weight.packed.to("meta"), weight.scale, None, weight.spec, weight.shape)
+        with pytest.raises(RuntimeError, match=rf"fewbit: x must be \[..., {COLUMNS}\]"):
+            linear(torch.randn(shape, device="meta"), on_meta, bias, spec)
+
+
+@pytest.mark.parametrize("name", ["linear_dynamic", "linear_weight_only"])
+@pytest.mark.parametrize("wrong", ["packed", "scale", "zero_point", "bias"])
+def test_operands_of_the_wrong_size_are_refused(name: str, wrong: str) -> None:
+    if not native.LOADED:
+        pytest.skip("the reference trusts its callers")
+    x, weight, bias = operands(WEIGHTS["int4-groups-asymmetric"])
+    tensors: dict[str, Tensor | None] = {
+        "packed": weight.packed,
+        "scale": weight.scale_values,
+        "zero_point": weight.zero_point,
+        "bias": bias,
+    }
+    numbers = (COLUMNS, 4, 32, *((32,) if name == "linear_dynamic" else ()))
+    operator = getattr(torch.ops.fewbit, name)
+    operator(x, *tensors.values(), *numbers)
+    tensor = tensors[wrong]
+    assert tensor is not None
+    tensors[wrong] = tensor[: ROWS - 1] if wrong == "bias" else tensor[:, :1].contiguous()
+    with pytest.raises(RuntimeError, match=f"fewbit: {wrong} must be"):
+        operator(x, *tensors.values(), *numbers)
+
+
+@pytest.mark.parametrize("spec", [None, INPUTS["groups"]], ids=["weight-only", "dynamic"])
+@pytest.mark.parametrize("weight_spec", [WEIGHTS["int8-groups"], WEIGHTS["int4-groups"]], ids=["int8", "int4"])
+def test_layers_without_inputs_or_outputs(weight_spec: QuantSpec, spec: QuantSpec | None) -> None:
+    bias = torch.randn(ROWS)
+    assert torch.equal(
+        linear(torch.randn(3, 0), quantize(torch.randn(ROWS, 0), weight_spec), bias, spec), bias.expand(3, -1)
+    )
+    empty = quantize(torch.randn(0, COLUMNS), weight_spec)
+    assert linear(torch.randn(3, COLUMNS), empty, None, spec).shape == (3, 0)
+
+
+def test_meta_tensors() -> None:
+    _, weight, _ = operands(WEIGHTS["int8-rows"])
+    assert isinstance(weight.scale, Tensor)
+    weight = QTensor(weight.packed.to("meta"), weight.scale.to("meta"), None, weight.spec, weight.shape)
+    for spec in (None, INPUTS["token"]):
+        y = linear(torch.empty(2, 3, COLUMNS, device="meta"), weight, None, spec, activation="gelu")
+        assert y.device.type == "meta" and y.shape == (2, 3, ROWS)
+
+
+@pytest.mark.parametrize("spec", [None, INPUTS["token"]], ids=["weight-only", "dynamic"])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch._dynamo does so
+@pytest.mark.parametrize("wants_gradients", [True, False], ids=["gradients", "no-gradients"])
+def test_compiled_layers_call_one_operator(spec: QuantSpec | None, activation: str, wants_gradients: bool) -> None:
+    x, weight, bias = operands(WEIGHTS["int8-rows"])
+    called: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph)
+
+    def layer(x: Tensor, bias: Tensor) -> Tensor:
+        return linear(x, weight, bias, spec, activation=activation)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=lambda graph, _: make_boxed_func(graph))
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+    if not wants_gradients:
+        with torch.no_grad():
+            assert torch.equal(compiled(x, bias), layer(x, bias))
+    else:
+        x.requires_grad_()
+        bias.requires_grad_()
+        y, expected = compiled(x, bias), layer(x, bias)
+        assert torch.equal(y, expected)
+        slope = torch.randn_like(y)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, (x, bias), slope), torch.autograd.grad(expected, (x, bias), slope)
+        )
+    assert [name for name in called if "fewbit" in name] == [
+        f"fewbit.linear_{'weight_only' if spec is None else 'dynamic'}.default"
+    ]

@@ -30,7 +30,7 @@ from fewbit.search import Trial
 from fewbit.search.autoquantize import _choose
 from fewbit.verify import Latency, Verdict
 
-STATIC, DYNAMIC, INT4 = "int8-static", "int8-dynamic", "int4-weight-only"
+STATIC, DYNAMIC, INT4_DYNAMIC, INT4 = "int8-static", "int8-dynamic", "int4-dynamic", "int4-weight-only"
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -56,7 +56,7 @@ def passed(mlp: nn.Module, vectors: list[Tensor]) -> Answer:
 
 def test_pass(passed: Answer, mlp: nn.Module, vectors: list[Tensor]) -> None:
     assert passed.verdict == "pass" and is_quantized(passed.model)
-    assert [trial.recipe for trial in passed.trials] == ["float", DYNAMIC, STATIC, INT4]
+    assert [trial.recipe for trial in passed.trials] == ["float", DYNAMIC, STATIC, INT4_DYNAMIC, INT4]
     assert fewbit.plan_of(passed.model).recipe.name == passed.chosen.recipe
     assert "within the budget" in passed.explain()
     for trial in passed.trials[1:]:
@@ -105,7 +105,7 @@ def test_static_is_not_tried_without_calibration(mlp: nn.Module, vectors: list[T
 def test_no_time_means_no_trials(mlp: nn.Module, vectors: list[Tensor]) -> None:
     answer = answer_of(mlp, vectors, scoring(0.0), time_limit=0)
     assert all(trial.problem is not None and "time limit of 0 s" in trial.problem for trial in answer.trials[1:])
-    assert len(answer.trials) == 4 and answer.model is mlp and answer.chosen.recipe == "float"
+    assert len(answer.trials) == 5 and answer.model is mlp and answer.chosen.recipe == "float"
     assert answer.verdict != "pass"
 
 
@@ -155,7 +155,7 @@ def test_json(passed: Answer) -> None:
     data = json.loads(json.dumps(passed.to_json()))
     assert {"verdict", "chosen", "budget", "trials", "explanation", "machine", "measured"} <= set(data)
     assert data["verdict"] == "pass" and data["budget"] == {"max_drop": 0.01, "confidence": 0.95}
-    assert data["explanation"] == passed.explain() and data["measured"]["trials"] == 3
+    assert data["explanation"] == passed.explain() and data["measured"]["trials"] == 4
     for trial in data["trials"]:
         assert {"recipe", "drop", "interval", "latency", "size"} <= set(trial)
         assert trial["latency"]["median"] > 0 and trial["size"] > 0

@@ -24,12 +24,25 @@ class Call:
 
 @dataclass(frozen=True)
 class Topology:
-    """The operators of a model that own parameters, in order of execution."""
+    """The operators of a model that own parameters, in order of execution, and which module feeds which.
+
+    ``flows``: (a, b) if in the forward of module b something is read that was made in that of a, each the innermost one.
+    What comes from outside, goes out or happens in the model's own forward has the name "".
+    """
 
     calls: tuple[Call, ...]
+    flows: frozenset[tuple[str, str]] = frozenset()
 
     def calls_of(self, module: str) -> list[Call]:
         return [call for call in self.calls if call.module == module]
+
+    def sources(self, module: str) -> set[str]:
+        """The other modules whose results ``module`` reads."""
+        return {source for source, reader in self.flows if reader == module != source}
+
+    def readers(self, module: str) -> set[str]:
+        """The other modules that read results of ``module``."""
+        return {reader for source, reader in self.flows if source == module != reader}
 
 
 def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Topology | str:
@@ -54,7 +67,14 @@ def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if owner is not None:
             feeds = tuple(calls.get(user) for user in node.users)
             calls[node] = Call(_operator(node), owner, _is_alone(node, owner, owners), feeds)
-    return Topology(tuple(reversed(calls.values())))
+    flows = ((_module(node), _module(user)) for node in program.graph.nodes for user in node.users)
+    return Topology(tuple(reversed(calls.values())), frozenset(flows))
+
+
+def _module(node: Node) -> str:
+    """The innermost module in whose forward the node was made."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    return str(stack[-1][0]) if stack else ""
 
 
 def _operator(node: Node) -> str:
@@ -72,6 +92,6 @@ def _owner(node: Node, owners: dict[str, str]) -> str | None:
 
 
 def _is_alone(node: Node, owner: str, owners: dict[str, str]) -> bool:
-    stack = list(node.meta.get("nn_module_stack", {}).values())
     parameters = [argument for argument in node.args if isinstance(argument, Node) and argument.name in owners]
-    return bool(stack) and stack[-1][0] == owner and all(len(parameter.users) == 1 for parameter in parameters)
+    inside = bool(node.meta.get("nn_module_stack")) and _module(node) == owner
+    return inside and all(len(parameter.users) == 1 for parameter in parameters)

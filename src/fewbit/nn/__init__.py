@@ -7,13 +7,14 @@ from torch import nn
 from fewbit.nn.conv import Conv
 from fewbit.nn.embedding import Embedding, EmbeddingBag
 from fewbit.nn.layer import QuantizedLayer, input_placeholder
-from fewbit.nn.linear import Linear
+from fewbit.nn.linear import FusedLinear, Linear
 from fewbit.nn.recurrent import GRU, LSTM
 
 # By the float class's qualified name: classes of optional packages are named without importing them.
 LAYERS: dict[str, type[QuantizedLayer]] = {
     "torch.nn.modules.linear.Linear": Linear,
     "transformers.pytorch_utils.Conv1D": Linear,
+    "fewbit.transforms.fuse_activation.Linear": FusedLinear,
     "torch.nn.modules.conv.Conv1d": Conv,
     "torch.nn.modules.conv.Conv2d": Conv,
     "torch.nn.modules.conv.Conv3d": Conv,
@@ -54,6 +55,7 @@ __all__ = [
     "Conv",
     "Embedding",
     "EmbeddingBag",
+    "FusedLinear",
     "Linear",
     "QuantizedLayer",
     "float_class",

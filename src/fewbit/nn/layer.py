@@ -47,6 +47,7 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero_point", zero_point)
         self._adopt(module)
+        self._prepare()
         self.train(module.training)
 
     @staticmethod
@@ -73,6 +74,9 @@ class QuantizedLayer(nn.Module):
     def _adopt(self, module: nn.Module) -> None:
         """Take over what is not quantized: biases and settings."""
 
+    def _prepare(self) -> None:
+        """Keep what follows from the scheme and the shapes, so that a call need not find it out."""
+
     def qtensor(self, name: str = "weight") -> QTensor:
         """The quantized weight of this name."""
         return self._load(name, self.scheme.weight, self._shapes[name])
@@ -81,6 +85,7 @@ class QuantizedLayer(nn.Module):
         """The same layer, sharing its buffers, with the input left in float."""
         twin = copy.copy(self)
         twin.scheme = replace(self.scheme, input=None)
+        twin._prepare()
         return twin
 
     def quantized_input(self, x: Tensor) -> Tensor:

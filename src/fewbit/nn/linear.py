@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fewbit.nn.layer import QuantizedLayer
-from fewbit.ops import linear
+from fewbit.ops.linear import DTYPES, call, linear, numbers_of
 from fewbit.qtensor import dequantize
 
 
@@ -13,6 +15,7 @@ class Linear(QuantizedLayer):
     """``[..., in_features]`` to ``[..., out_features]``."""
 
     bias: nn.Parameter | None
+    activation: str = "none"  # what follows, of fewbit.ops.linear.ACTIVATIONS
 
     @staticmethod
     def matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -28,13 +31,32 @@ class Linear(QuantizedLayer):
         self.out_features, self.in_features = self._shapes["weight"]
         self.register_parameter("bias", module._parameters.get("bias"))
 
+    def _prepare(self) -> None:
+        self._numbers = numbers_of(self.qtensor(), self.scheme.input, self.activation)
+
     @property
     def weight(self) -> Tensor:
         """The weight dequantized, for code that reads it. Read only: a change to it is lost."""
         return dequantize(self.qtensor(), self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.qtensor(), self.bias, self.scheme.input, self.input_scale, self.input_zero_point)
+        numbers = self._numbers
+        if numbers is None or input.dtype not in DTYPES:
+            grid = (self.input_scale, self.input_zero_point)
+            return linear(input, self.qtensor(), self.bias, self.scheme.input, *grid, activation=self.activation)
+        # The dicts: nn.Module finds attributes slowly, and at batch 1 that is time.
+        buffers: dict[str, Any] = self._buffers
+        packed, scale, zero_point = buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point")
+        return call(input, packed, scale, zero_point, self._parameters["bias"], numbers)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {super().extra_repr()}"
+        activation = "" if self.activation == "none" else f", {self.activation}"
+        return f"{self.in_features} -> {self.out_features}{activation}, {super().extra_repr()}"
+
+
+class FusedLinear(Linear):
+    """A linear layer with its activation, as ``transforms.fuse_activation`` leaves it."""
+
+    def _adopt(self, module: nn.Module) -> None:
+        super()._adopt(module)
+        self.activation = str(module.activation)

@@ -1,7 +1,7 @@
 """LSTM and GRU: all layers, both directions, projections, batched or not, packed sequences.
 
-The input products of all time steps are one matrix product; the recurrent ones go step by step. Quantized inputs are
-int8 for each row of x_t and h_t. Gates, cell state and nonlinearities stay float.
+The input products of all time steps are one matrix product; the rest is ``fewbit.ops.recurrent``. Quantized inputs are
+int8 for each row of x_t and h_t.
 """
 
 from __future__ import annotations
@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fewbit.nn.layer import QuantizedLayer
-from fewbit.ops import linear
+from fewbit.ops.recurrent import States, product, recurrent
 from fewbit.qtensor import QTensor
-
-States = tuple[Tensor, ...]
-Weights = dict[str, QTensor | Tensor]  # without the suffix of layer and direction
 
 
 class Recurrent(QuantizedLayer):
     """What LSTM and GRU share; the arguments and results of torch's."""
 
     accepts_static_input = False  # h_t is not seen from outside
+    cell: str
 
     @staticmethod
     def matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -48,10 +46,6 @@ class Recurrent(QuantizedLayer):
     @abstractmethod
     def _state_sizes(self) -> tuple[int, ...]:
         """The sizes of the states: the output first."""
-
-    @abstractmethod
-    def _step(self, gates: Tensor, states: States, suffix: str, weights: Weights) -> States:
-        """The next states ``[rows, size]``, from the input's share of the gates ``[rows, gates]``, bias included."""
 
     def flatten_parameters(self) -> None:
         """Nothing to do: torch's layers have this method, and models call it."""
@@ -110,31 +104,15 @@ class Recurrent(QuantizedLayer):
 
     def _scan(self, data: Tensor, sizes: list[int], states: States, suffix: str) -> tuple[Tensor, States]:
         """One layer in one direction: outputs ``[sum(sizes), size]`` and the last states of each sequence."""
-        names = [name for name in (*self._shapes, *self._parameters) if name.endswith(suffix)]
-        weights: Weights = {
-            name.removesuffix(suffix): self.qtensor(name) if name in self._shapes else self.get_parameter(name)
-            for name in names
-            if name.startswith("weight")
-        }
-        gates = self._product(data, weights["weight_ih"], self._bias(f"bias_ih{suffix}"))
-        outputs: list[Tensor] = []
-        steps = list(zip(gates.split(sizes), sizes, strict=True))
-        for step, rows in reversed(steps) if suffix.endswith("_reverse") else steps:
-            new = self._step(step, tuple(state[:rows] for state in states), suffix, weights)
-            outputs.append(new[0])
-            # Sequences that have ended (or, backwards, not begun) keep their state.
-            if rows < len(states[0]):
-                new = tuple(torch.cat([n, s[rows:]]) for n, s in zip(new, states, strict=True))
-            states = new
-        return torch.cat(outputs[::-1] if suffix.endswith("_reverse") else outputs), states
+        bias_ih, bias_hh = (self.get_parameter(f"bias_{of}{suffix}") if self.bias else None for of in ("ih", "hh"))
+        weight_ih, weight_hh = (self._weight(f"weight_{of}{suffix}") for of in ("ih", "hh"))
+        projection = self._weight(f"weight_hr{suffix}") if self.proj_size else None
+        spec, reverse = self.scheme.input, suffix.endswith("_reverse")
+        gates = product(data, weight_ih, bias_ih, spec)
+        return recurrent(self.cell, gates, states, weight_hh, bias_hh, spec, sizes, reverse, projection)
 
-    def _bias(self, name: str) -> Tensor | None:
-        return self.get_parameter(name) if self.bias else None
-
-    def _product(self, x: Tensor, weight: QTensor | Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(weight, Tensor):
-            return torch.nn.functional.linear(x, weight, bias)
-        return linear(x, weight, bias, self.scheme.input)
+    def _weight(self, name: str) -> QTensor | Tensor:
+        return self.qtensor(name) if name in self._shapes else self.get_parameter(name)
 
     def extra_repr(self) -> str:
         return f"{self.input_size} -> {self.hidden_size}, layers {self.num_layers}, {super().extra_repr()}"
@@ -143,31 +121,18 @@ class Recurrent(QuantizedLayer):
 class LSTM(Recurrent):
     """torch.nn.LSTM."""
 
+    cell = "lstm"
+
     @property
     def _state_sizes(self) -> tuple[int, ...]:
         return (self.proj_size or self.hidden_size, self.hidden_size)
-
-    def _step(self, gates: Tensor, states: States, suffix: str, weights: Weights) -> States:
-        h, c = states
-        gates = gates + self._product(h, weights["weight_hh"], self._bias(f"bias_hh{suffix}"))
-        i, f, g, o = gates.chunk(4, 1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
-        return (self._product(h, weights["weight_hr"], None) if self.proj_size else h), c
 
 
 class GRU(Recurrent):
     """torch.nn.GRU."""
 
+    cell = "gru"
+
     @property
     def _state_sizes(self) -> tuple[int, ...]:
         return (self.hidden_size,)
-
-    def _step(self, gates: Tensor, states: States, suffix: str, weights: Weights) -> States:
-        [h] = states
-        recurrent = self._product(h, weights["weight_hh"], self._bias(f"bias_hh{suffix}"))
-        r, z, n = gates.chunk(3, 1)
-        r_h, z_h, n_h = recurrent.chunk(3, 1)
-        r, z = torch.sigmoid(r + r_h), torch.sigmoid(z + z_h)
-        n = torch.tanh(n + r * n_h)
-        return (n + z * (h - n),)

@@ -5,5 +5,6 @@ from __future__ import annotations
 from fewbit.ops.conv import Geometry, conv
 from fewbit.ops.embedding import embedding
 from fewbit.ops.linear import linear
+from fewbit.ops.recurrent import recurrent
 
-__all__ = ["Geometry", "conv", "embedding", "linear"]
+__all__ = ["Geometry", "conv", "embedding", "linear", "recurrent"]

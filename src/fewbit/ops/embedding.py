@@ -1,27 +1,66 @@
-"""Rows of a quantized table, without unpacking the rest of it."""
+"""Rows of a quantized table, without unpacking the rest of it; ``fewbit::embedding`` where a compiled kernel can do it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
+import torch
 from torch import Tensor
 
+from fewbit.ops import native
+from fewbit.ops.linear import LIBRARY, TAGS, assembled, has_kernel, register
 from fewbit.qtensor import QTensor, dequantize
+
+LIBRARY.define(
+    "embedding(Tensor indices, Tensor packed, Tensor scale, Tensor? zero_point, int columns, int bits, int group) -> Tensor",
+    tags=TAGS,
+)
 
 
 def rows(table: QTensor, indices: Tensor) -> QTensor:
     """The rows ``indices`` ``[n]`` of a table ``[rows, columns]``. Scales that all rows share stay shared."""
+    packed = table.packed.index_select(0, indices)
     scale = table.scale
     if scale.shape[0] > 1:
-        scale = rows(scale, indices) if isinstance(scale, QTensor) else scale[indices]
+        scale = rows(scale, indices) if isinstance(scale, QTensor) else scale.index_select(0, indices)
     zero_point = table.zero_point
     if zero_point is not None and zero_point.shape[0] > 1:
-        zero_point = zero_point[indices]
-    shape = (indices.shape[0], *table.shape[1:])
-    return replace(table, packed=table.packed[indices], scale=scale, zero_point=zero_point, shape=shape)
+        zero_point = zero_point.index_select(0, indices)
+    return replace(table, packed=packed, scale=scale, zero_point=zero_point, shape=(len(indices), *table.shape[1:]))
 
 
 def embedding(indices: Tensor, table: QTensor) -> Tensor:
-    """float32 ``[*indices.shape, columns]``."""
+    """float32 ``[*indices.shape, columns]``; IndexError for an index that is not a row."""
+    try:
+        if has_kernel(table) and indices.dtype in (torch.int64, torch.int32):
+            parts = (table.packed, table.scale, table.zero_point, table.shape[1])
+            numbers = (table.spec.number.bits, table.spec.granularity.group_size)
+            return cast(Tensor, torch.ops.fewbit.embedding.default(indices, *parts, *numbers))
+        return _values(indices, table)
+    except (IndexError, RuntimeError) as error:
+        outside = indices[(indices < 0) | (indices >= table.shape[0])]
+        if outside.numel():
+            raise IndexError(f"found index {outside[0].item()}: the table has {table.shape[0]} rows.") from error
+        raise
+
+
+def _values(indices: Tensor, table: QTensor) -> Tensor:
     values = dequantize(rows(table, indices.reshape(-1)))
     return values.reshape(*indices.shape, table.shape[1])
+
+
+def _embedding(
+    indices: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, bits: int, group: int
+) -> Tensor:
+    native.remind(indices)
+    return _values(indices, assembled(packed, scale, zero_point, columns, bits, group)).contiguous()
+
+
+def _fake(
+    indices: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, bits: int, group: int
+) -> Tensor:
+    return indices.new_empty((*indices.shape, columns), dtype=torch.float32)
+
+
+register("embedding", _embedding, _fake)

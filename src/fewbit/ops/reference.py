@@ -95,12 +95,12 @@ def integer_linear(a: Tensor, a_scale: Tensor, weight: Tensor, weight_scale: Ten
 
 def has_integer_product(weight: QTensor, spec: QuantSpec) -> bool:
     """Whether ``integer_linear`` takes these weights with inputs of this spec: integer formats, groups that agree, and
-    sums that fit int32."""
+    sums of at least one product that fit int32."""
     if not (weight.spec.number.is_integer and spec.number.is_integer):
         return False
     sizes = {tensor.granularity.group_size for tensor in (weight.spec, spec) if tensor.granularity.kind == "group"}
     rowwise = weight.spec.granularity.kind != "channel" or weight.spec.granularity.axis == 0
     inner = spec.granularity.kind != "channel"
     terms = min([weight.shape[1], *sizes])
-    fits = terms * largest_code(weight.spec) * largest_code(spec) <= LARGEST_SUM
+    fits = 0 < terms * largest_code(weight.spec) * largest_code(spec) <= LARGEST_SUM
     return len(sizes) <= 1 and rowwise and inner and fits

@@ -21,7 +21,7 @@ from fewbit.targets import tensor_bytes
 from fewbit.verify import Budget, OutputError, judge, latencies, output_error, paired, scores_of
 
 GAIN = 0.05  # less time or size saved than this share is no reason to quantize
-RECIPES = ("int8-dynamic", "int8-static", "int4-weight-only")
+RECIPES = ("int8-dynamic", "int8-static", "int4-dynamic", "int4-weight-only")
 
 
 def autoquantize(

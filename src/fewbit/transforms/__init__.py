@@ -14,6 +14,7 @@ from torch import nn
 
 from fewbit.graph import Topology
 from fewbit.transforms.fold_batch_norm import find_batch_norms, fold_batch_norms
+from fewbit.transforms.fuse_activation import find_activations, fuse_activations
 from fewbit.transforms.split_attention import MultiheadAttention, find_attention, split_attention
 
 
@@ -35,9 +36,19 @@ def _find_norms(model: nn.Module, topology: Topology | None) -> list[Any]:
     return [] if topology is None else [list(pair) for pair in find_batch_norms(model, topology)]
 
 
+def _fuse(model: nn.Module, places: list[Any]) -> nn.Module:
+    fuse_activations(model, [(layer, activation, kind) for layer, activation, kind in places])
+    return model
+
+
+def _find_activations(model: nn.Module, topology: Topology | None) -> list[Any]:
+    return [] if topology is None else [list(place) for place in find_activations(model, topology)]
+
+
 TRANSFORMS: dict[str, Transform] = {
     "split_attention": Transform(lambda model, _: find_attention(model), split_attention, needs_graph=False),
     "fold_batch_norm": Transform(_find_norms, _fold, needs_graph=True),
+    "fuse_activation": Transform(_find_activations, _fuse, needs_graph=True),
 }
 
 __all__ = ["TRANSFORMS", "MultiheadAttention", "Transform"]

@@ -38,7 +38,7 @@ def find_batch_norms(model: nn.Module, topology: Topology) -> list[tuple[str, st
         norm: Any = modules.get(following.module)
         if not once or type(layer) not in FOLDABLE or type(norm) not in BATCH_NORM or norm.running_mean is None:
             continue
-        if any(_is_watched(module) for module in (layer, norm)):
+        if any(is_watched(module) for module in (layer, norm)):
             continue
         # nn.Linear on [N, C, L] has its channels last, BatchNorm1d in the middle: then they are not each other's.
         if _channels(layer) == norm.num_features and not _is_shared(model, layer):
@@ -82,8 +82,8 @@ def _folded(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     return (weight.double() * factor).to(weight.dtype), bias.to(weight.dtype)
 
 
-def _is_watched(module: Any) -> bool:
-    """Whether someone changed or hooked this module's forward, which folding would lose."""
+def is_watched(module: Any) -> bool:
+    """Whether someone changed or hooked this module's forward, which a rewrite would lose."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
