@@ -30,20 +30,24 @@ struct AvxBlocks {
       _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(_mm256_sub_ps(code, z), s));
     }
   }
-  static float largest(const float* x) {
+  using Most = __m256i;
+  static Most most() { return _mm256_setzero_si256(); }
+  static Most more(Most most, const float* x) {
     const __m256i positive = _mm256_set1_epi32(0x7fffffff);
-    __m256i most = _mm256_setzero_si256();
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
       most = _mm256_max_epi32(most, _mm256_and_si256(_mm256_castps_si256(_mm256_loadu_ps(x + 8 * i)), positive));
+    return most;
+  }
+  static float largest(Most most) {
     __m128i m = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
     return float_of(_mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1))));
   }
   // x * (1 / scale) is off from x / scale by less than 2e-5 here: only next to a tie does it take the division to round
   // as the definition does.
-  static void encode(const float* x, float scale, int8_t* codes) {
-    const __m256 inverse = _mm256_set1_ps(1 / scale), positive = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  static void encode(const float* x, float scale, float inverse_scale, int8_t* codes) {
+    const __m256 inverse = _mm256_set1_ps(inverse_scale), positive = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
     __m256 n[4], off = _mm256_setzero_ps();
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -63,22 +67,30 @@ struct AvxBlocks {
     const __m256i q = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), q);
   }
-  static int32_t sum_codes(const int8_t* codes) {
-    return sum_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-  }
-  static int32_t sum_of(__m256i q) {
+  using Sum = __m256i;
+  static Sum no_codes() { return _mm256_setzero_si256(); }
+  static Sum add_codes(Sum sum, const int8_t* codes) {
+    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q);
-    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static int32_t sum_codes(Sum sum) { return sum_lanes(sum); }
+  static int32_t sum_lanes(__m256i v) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
   }
-  static int32_t split_signs(int8_t* codes, int8_t* masks) {
-    const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m256i mask = _mm256_cmpgt_epi8(_mm256_setzero_si256(), q);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_abs_epi8(q));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(masks), mask);
-    return -sum_of(_mm256_and_si256(q, mask));
+  static int32_t split_signs(int8_t* codes, int8_t* masks, int64_t count) {
+    __m256i sums = _mm256_setzero_si256();
+    for (int64_t k = 0; k < count; k += kBlock) {
+      const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + k));
+      const __m256i mask = _mm256_cmpgt_epi8(_mm256_setzero_si256(), q), magnitude = _mm256_abs_epi8(q);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + k), magnitude);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(masks + k), mask);
+      const __m256i pairs = _mm256_maddubs_epi16(_mm256_and_si256(magnitude, mask), _mm256_set1_epi8(1));
+      sums = _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    return sum_lanes(sums);
   }
   static void split(const int8_t* codes, int8_t* even, int8_t* odd) {
     const __m256i q = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
@@ -122,11 +134,7 @@ struct Avx : AvxBlocks {
   static I low(I bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
   static I high(I bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
 
-  static int32_t sum(I v) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-  }
+  static int32_t sum(I v) { return sum_lanes(v); }
   static float sum(F v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

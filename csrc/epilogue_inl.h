@@ -78,19 +78,15 @@ template <class F, class... X> inline void each_of(int64_t count, const F& f, fl
   }
 }
 
-inline void activate(float* y, int64_t count, Activation activation) {
+// f(activation), an activation being a function of vectors.
+template <class F> inline void with(Activation activation, const F& f) {
   switch (activation) {
-    case Activation::none: break;
-    case Activation::relu: each_of(count, [](Floats x) { return x < 0 ? Simd::all(0.0f) : x; }, y, y); break;
-    case Activation::gelu:
-      each_of(count, [](Floats x) { return 0.5f * x * (1.0f + erf_of(x * 0.707106781186547524f)); }, y, y);
-      break;
+    case Activation::none: return f([](Floats x) { return x; });
+    case Activation::relu: return f([](Floats x) { return x < 0 ? Simd::all(0.0f) : x; });
+    case Activation::gelu: return f([](Floats x) { return 0.5f * x * (1.0f + erf_of(x * 0.707106781186547524f)); });
     case Activation::gelu_tanh:
-      each_of(
-          count,
-          [](Floats x) { return 0.5f * x * (1.0f + tanh_of(0.797884560802865356f * (x + 0.044715f * x * x * x))); }, y, y);
-      break;
-    case Activation::silu: each_of(count, [](Floats x) { return x * sigmoid_of(x); }, y, y); break;
+      return f([](Floats x) { return 0.5f * x * (1.0f + tanh_of(0.797884560802865356f * (x + 0.044715f * x * x * x))); });
+    case Activation::silu: return f([](Floats x) { return x * sigmoid_of(x); });
   }
 }
 
@@ -118,23 +114,28 @@ inline void store_row(const float* sums, int64_t count, const Output& y, int64_t
 inline void finish_row(float* sums, int64_t count, const Output& y, int64_t row, int64_t first) {
   if (y.bias)
     for (int64_t i = 0; i < count; ++i) sums[i] += y.bias[first + i];
-  activate(sums, count, y.activation);
+  if (y.activation != Activation::none)
+    with(y.activation, [&](auto activation) { each_of(count, activation, sums, sums); });
   store_row(sums, count, y, row, first);
 }
 
-// The same for `rows` rows of `Columns` sums, of which `count` are of channels that exist. Constants make it much faster.
+// The same for `rows` rows of `Columns` sums, of which `count` are of channels that exist.
 template <int64_t Columns>
 inline void finish_rows(float* sums, int64_t rows, int64_t count, const Output& y, int64_t row, int64_t first) {
-  if (count < Columns) {
+  if (count < Columns || y.type != Type::f32) {
     for (int64_t r = 0; r < rows; ++r) finish_row(sums + r * Columns, count, y, row + r, first);
     return;
   }
-  if (y.bias) {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < Columns; ++i) sums[r * Columns + i] += y.bias[first + i];
-  }
-  activate(sums, rows * Columns, y.activation);
-  for (int64_t r = 0; r < rows; ++r) store_row(sums + r * Columns, Columns, y, row + r, first);
+  constexpr int64_t kVectors = Columns * sizeof(float) / sizeof(Floats), kStep = Columns / kVectors;
+  Floats bias[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) bias[v] = y.bias ? Simd::load(y.bias + first + v * kStep) : Simd::all(0.0f);
+  with(y.activation, [&](auto activation) {
+    for (int64_t r = 0; r < rows; ++r) {
+      float* out = static_cast<float*>(y.data) + (row + r) * y.stride + first;
+      for (int64_t v = 0; v < kVectors; ++v)
+        Simd::store(out + v * kStep, activation(Simd::load(sums + r * Columns + v * kStep) + bias[v]));
+    }
+  });
 }
 
 // One step of an LSTM (gates i, f, g, o) and of a GRU (r, z, n) for some hidden units of one sequence, as torch has them.

@@ -101,6 +101,10 @@ void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int6
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task % columns * k.panel_columns, top = task / columns * share;
         k.pack(w, first, panel);
+        // The next panel's rows come from memory while this one is multiplied.
+        const uint8_t* next = w.codes + std::min(first + k.panel_columns, w.rows) * w.row_bytes;
+        const uint8_t* last = w.codes + std::min(first + 2 * k.panel_columns, w.rows) * w.row_bytes;
+        for (; next < last; next += 64) __builtin_prefetch(next, 0, 2);
         k.multiply(w, first, panel, q, top, std::min(top + share, rows), y);
       }
     });

@@ -83,14 +83,13 @@ int64_t starts(const Weight& w) { return w.bits == 8 ? starts_of<Dot8, PanelDot8
 template <class D, class P, int B>
 void finish_codes(const Weight& w, bool gemv, int8_t* codes, int32_t* sums, int32_t* bonus, int32_t* starts) {
   static_assert(D::kPlanes == P::kPlanes);
-  const int64_t plane = plane_of(w), blocks = ceil_div(w.columns, kBlock), per_group = w.group / kBlock;
+  const int64_t plane = plane_of(w), blocks = ceil_div(w.columns, kBlock);
   for (int64_t g = 0; g < w.groups; ++g) bonus[g] = 0;
   if constexpr (D::kPlanes == 2) {
-    for (int64_t b = 0, g = 0, left = per_group; b < blocks; ++b) {
-      bonus[g] += Simd::split_signs(codes + b * kBlock, codes + plane + b * kBlock);
-      if (--left == 0) left = per_group, ++g;
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const int64_t begin = g * w.group, end = g + 1 < w.groups ? begin + w.group : plane;
+      bonus[g] = Simd::split_signs(codes + begin, codes + plane + begin, end - begin);
     }
-    for (int64_t k = blocks * kBlock; k < plane; k += kBlock) Simd::split_signs(codes + k, codes + plane + k);
   }
   if (gemv) {
     if constexpr (kBlocksInVector<B>) {
@@ -104,7 +103,10 @@ void finish_codes(const Weight& w, bool gemv, int8_t* codes, int32_t* sums, int3
   } else if constexpr (starts_by_block<P>()) {
     for (int64_t b = 0; b < blocks; ++b) starts[b] = w.zero_point ? 0 : P::block_start(codes + b * kBlock);
   } else {
-    for (int64_t g = 0; g < w.groups; ++g) starts[g] = bonus[g] - (w.zero_point ? 0 : P::kOffset * sums[g]);
+    for (int64_t g = 0; g < w.groups; ++g) {
+      const uint32_t taken = w.zero_point || !P::kOffset ? 0 : static_cast<uint32_t>(P::kOffset) * static_cast<uint32_t>(sums[g]);
+      starts[g] = static_cast<int32_t>(static_cast<uint32_t>(bonus[g]) - taken); // may wrap around to what fits
+    }
   }
 }
 
@@ -123,7 +125,10 @@ void quantize(const void* x, Type type, int64_t row, int64_t columns, int64_t in
     in = converted;
   }
   const int64_t half = w.bits == 8 ? 0 : gemv ? Simd::kBytes : kBlock / 2;
-  quantize_row<Simd>(in, columns, plane_of(w), input_group, w.group, w.groups, half, codes, out.scale + row * w.groups, sums);
+  const int32_t offset = w.bits == 8 ? PanelDot8::kOffset : starts_by_block<PanelDot4>() ? 0 : PanelDot4::kOffset;
+  const bool summed = gemv || w.zero_point || offset;
+  quantize_row<Simd>(in, columns, plane_of(w), input_group, w.group, w.groups, half, codes, out.scale + row * w.groups,
+                     summed ? sums : nullptr);
   if (w.bits == 8) {
     finish_codes<Dot8, PanelDot8, 8>(w, gemv, codes, sums, bonus, starts);
   } else {

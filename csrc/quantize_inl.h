@@ -42,39 +42,43 @@ inline bool finite(float x) { return x - x == 0; }
 
 // Scale of a block whose largest magnitude is `most`: fewbit.qtensor.qparams for symmetric int8.
 inline float scale_of(float most) {
-  if (most == 0) return 1;
-  double exact = static_cast<double>(most) / 127;
-  return static_cast<float>(exact < 1.17549435082228750797e-38 ? 1.17549435082228750797e-38 : exact);
+  constexpr double kSmallest = 1.17549435082228750797e-38;
+  const double exact = static_cast<double>(most) / 127;
+  const float scale = static_cast<float>(exact < kSmallest ? kSmallest : exact);
+  return most == 0 ? 1.0f : scale;
 }
 
 // The steps over kBlock activations that instruction sets may have better ways for.
 struct Plain {
-  // The largest |x|; a NaN if there is one, since its bits are above those of infinity.
-  static float largest(const float* x) {
-    int32_t most = 0;
+  // The largest |x| so far; a NaN if there was one, since its bits are above those of infinity.
+  using Most = int32_t;
+  static Most most() { return 0; }
+  static Most more(Most most, const float* x) {
     for (int64_t i = 0; i < kBlock; ++i) {
-      int32_t bits;
-      std::memcpy(&bits, x + i, 4);
-      bits &= 0x7fffffff;
+      const int32_t bits = static_cast<int32_t>(bits_of(x[i]) & 0x7fffffff);
       most = bits > most ? bits : most;
     }
-    return float_of(most);
+    return most;
   }
+  static float largest(Most most) { return float_of(most); }
   // clamp(round(x / scale)); the scale is that of a range that has x in it, so there is nothing to clamp.
-  static void encode(const float* x, float scale, int8_t* codes) {
+  static void encode(const float* x, float scale, float, int8_t* codes) {
     int32_t q[kBlock];
     for (int64_t i = 0; i < kBlock; ++i) q[i] = static_cast<int32_t>(__builtin_rintf(x[i] / scale));
     for (int64_t i = 0; i < kBlock; ++i) codes[i] = static_cast<int8_t>(q[i]);
   }
-  static int32_t sum_codes(const int8_t* codes) {
-    int32_t sum = 0;
+  // Sums of codes.
+  using Sum = int32_t;
+  static Sum no_codes() { return 0; }
+  static Sum add_codes(Sum sum, const int8_t* codes) {
     for (int64_t i = 0; i < kBlock; ++i) sum += codes[i];
     return sum;
   }
-  // Codes to magnitudes, in place, and masks of their signs; returns the sum of the magnitudes of negative ones.
-  static int32_t split_signs(int8_t* codes, int8_t* masks) {
+  static int32_t sum_codes(Sum sum) { return sum; }
+  // Codes of a group to magnitudes, in place, and masks of their signs; returns the sum of the magnitudes of negative ones.
+  static int32_t split_signs(int8_t* codes, int8_t* masks, int64_t count) {
     int32_t sum = 0;
-    for (int64_t i = 0; i < kBlock; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       masks[i] = codes[i] < 0 ? -1 : 0;
       codes[i] = static_cast<int8_t>(codes[i] < 0 ? -codes[i] : codes[i]);
       sum += masks[i] & codes[i];
@@ -102,7 +106,7 @@ struct Plain {
 
 // One row of activations. Its scales are those of `input_group` columns (0: of the whole row), repeated where the weight's
 // groups are finer; its codes, for 4-bit weights, in runs of `half` low halves and `half` high halves (0: natural order).
-// `count`: columns filled up with zeros.
+// `count`: columns filled up with zeros. `sums`: null where nobody needs them.
 template <class S>
 inline void quantize_row(const float* x, int64_t columns, int64_t count, int64_t input_group, int64_t group, int64_t groups,
                          int64_t half, int8_t* codes, float* scale, int32_t* sums) {
@@ -110,33 +114,39 @@ inline void quantize_row(const float* x, int64_t columns, int64_t count, int64_t
   float rest[kBlock] = {};
   std::memcpy(rest, x + whole, (columns - whole) * sizeof(float));
   const auto block = [&](int64_t k) { return k < whole ? x + k : rest; };
-  const auto scale_from = [&](int64_t begin, int64_t end) {
-    float most = 0; // compared as bits: a NaN is above all
-    for (int64_t k = begin; k < end; k += kBlock) {
-      const float here = S::largest(block(k));
-      most = most > here ? most : here;
-      if (here != here) return here;
-    }
-    return scale_of(most);
+  const auto largest = [&](int64_t begin, int64_t end) {
+    typename S::Most most = S::most();
+    for (int64_t k = begin; k < end; k += kBlock) most = S::more(most, block(k));
+    return S::largest(most);
   };
-  const float row_scale = input_group == 0 ? scale_from(0, columns) : 0;
+  const auto end_of = [&](int64_t g) { return (g + 1) * group < columns ? (g + 1) * group : columns; };
+  if (input_group == 0) {
+    const float all = scale_of(largest(0, columns));
+    for (int64_t g = 0; g < groups; ++g) scale[g] = all;
+  } else {
+    for (int64_t g = 0; g < groups; ++g) scale[g] = largest(g * group, end_of(g));
+    for (int64_t g = 0; g < groups; ++g) scale[g] = scale_of(scale[g]);
+  }
   for (int64_t g = 0; g < groups; ++g) {
-    const int64_t begin = g * group, end = begin + group < columns ? begin + group : columns;
-    const float s = input_group == 0 ? row_scale : scale_from(begin, end);
-    const bool usable = finite(s); // else it is infinite or NaN, and with it this row of the output
-    scale[g] = usable ? s : __builtin_nanf("");
-    sums[g] = 0;
-    for (int64_t k = begin; k < end; k += kBlock) {
-      int8_t q[kBlock] = {};
-      if (usable) S::encode(block(k), s, q);
-      sums[g] += S::sum_codes(q);
-      if (half == 0) {
-        std::memcpy(codes + k, q, kBlock);
+    const bool usable = finite(scale[g]); // else it is infinite or NaN, and with it this row of the output
+    const float s = scale[g], inverse = 1 / s;
+    typename S::Sum sum = S::no_codes();
+    if (!usable) scale[g] = __builtin_nanf("");
+    for (int64_t k = g * group; k < end_of(g); k += kBlock) {
+      int8_t split[kBlock];
+      int8_t* q = half == 0 ? codes + k : split;
+      if (usable) {
+        S::encode(block(k), s, inverse, q);
       } else {
+        std::memset(q, 0, kBlock);
+      }
+      if (sums) sum = S::add_codes(sum, q);
+      if (half != 0) {
         int8_t* even = codes + k / (2 * half) * 2 * half + k % (2 * half) / 2;
         S::split(q, even, even + half);
       }
     }
+    if (sums) sums[g] = S::sum_codes(sum);
   }
   for (int64_t k = round_up(columns, kBlock); k < count; k += kBlock) {
     if (half == 0) {
