@@ -39,7 +39,7 @@ struct Quantized {
   int8_t* codes;   // [rows, stride], rows filled up with zeros
   int64_t stride;
   float* scale;    // [rows, groups]
-  int32_t* sums;   // [rows, groups]: sums of codes
+  int32_t* sums;   // [rows, groups]: sums of codes, where the products need them
   int32_t* bonus;  // [rows, groups]: to be added to sums of products
   int32_t* starts; // [rows, starts_stride]: what accumulators start from
   int64_t starts_stride;

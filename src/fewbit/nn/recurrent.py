@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from fewbit.nn.layer import QuantizedLayer
-from fewbit.ops.recurrent import States, product, recurrent
+from fewbit.ops.linear import DTYPES, call, numbers_of
+from fewbit.ops.recurrent import States, call_recurrent, is_operator_call, product, recurrent
 from fewbit.qtensor import QTensor
 
 
@@ -100,16 +101,34 @@ class Recurrent(QuantizedLayer):
             data = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
             if self.dropout and self.training and layer + 1 < self.num_layers:
                 data = torch.nn.functional.dropout(data, self.dropout)
+        if len(last) == 1:
+            return data, tuple(state.unsqueeze(0) for state in last[0])
         return data, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+
+    def _prepare(self) -> None:
+        self._numbers = {name: numbers_of(self.qtensor(name), self.scheme.input) for name in self._shapes}
 
     def _scan(self, data: Tensor, sizes: list[int], states: States, suffix: str) -> tuple[Tensor, States]:
         """One layer in one direction: outputs ``[sum(sizes), size]`` and the last states of each sequence."""
-        bias_ih, bias_hh = (self.get_parameter(f"bias_{of}{suffix}") if self.bias else None for of in ("ih", "hh"))
-        weight_ih, weight_hh = (self._weight(f"weight_{of}{suffix}") for of in ("ih", "hh"))
-        projection = self._weight(f"weight_hr{suffix}") if self.proj_size else None
+        bias_ih, bias_hh = (self._parameters[f"bias_{of}{suffix}"] if self.bias else None for of in ("ih", "hh"))
         spec, reverse = self.scheme.input, suffix.endswith("_reverse")
-        gates = product(data, weight_ih, bias_ih, spec)
+        numbers = self._numbers.get(f"weight_ih{suffix}")
+        if numbers is not None and data.dtype in DTYPES:
+            gates = call(data, *self._stored(f"weight_ih{suffix}"), bias_ih, numbers)
+        else:
+            gates = product(data, self._weight(f"weight_ih{suffix}"), bias_ih, spec)
+        numbers = self._numbers.get(f"weight_hh{suffix}")
+        if numbers is not None and spec is not None and not self.proj_size and is_operator_call(gates, states, bias_hh):
+            weight = (*self._stored(f"weight_hh{suffix}"), bias_hh)
+            return call_recurrent(self.cell, gates, states, weight, numbers, sizes, reverse)
+        projection = self._weight(f"weight_hr{suffix}") if self.proj_size else None
+        weight_hh = self._weight(f"weight_hh{suffix}")
         return recurrent(self.cell, gates, states, weight_hh, bias_hh, spec, sizes, reverse, projection)
+
+    def _stored(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        # The dict: nn.Module finds attributes slowly, and models call layers once a step.
+        buffers: dict[str, Any] = self._buffers
+        return buffers[f"{name}_packed"], buffers[f"{name}_scale"], buffers.get(f"{name}_zero_point")
 
     def _weight(self, name: str) -> QTensor | Tensor:
         return self.qtensor(name) if name in self._shapes else self.get_parameter(name)

@@ -9,7 +9,7 @@ and the operators themselves have none.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -58,21 +58,44 @@ def recurrent(
     h is quantized; weights that are tensors stay float.
     """
     numbers = None if isinstance(weight, Tensor) or spec is None else numbers_of(weight, spec)
-    floats = (bias, gates, *states)
-    wants_gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in floats)
-    plain = projection is not None or any(x.dtype != torch.float32 for x in (gates, *states))
-    # torch.compile does not trace autograd.grad.
-    if numbers is None or plain or (wants_gradients and torch.compiler.is_dynamo_compiling()):
+    if numbers is not None and projection is None and is_operator_call(gates, states, bias):
+        assert isinstance(weight, QTensor)
+        buffers = (weight.packed, cast(Tensor, weight.scale), weight.zero_point, bias)
+        return call_recurrent(cell, gates, states, buffers, numbers, sizes, reverse)
 
-        def step(gates: Tensor, states: States) -> States:
-            h, *others = CELLS[cell](gates, states, lambda h: product(h, weight, bias, spec))
-            return (h if projection is None else product(h, projection, None, spec), *others)
+    def step(gates: Tensor, states: States) -> States:
+        h, *others = CELLS[cell](gates, states, lambda h: product(h, weight, bias, spec))
+        return (h if projection is None else product(h, projection, None, spec), *others)
 
-        return _scan(step, gates, states, sizes, reverse)
-    assert isinstance(weight, QTensor)
-    run: Any = _Differentiable.apply if wants_gradients else _operator
-    y, *last = run(cell, numbers, sizes, reverse, weight.packed, weight.scale, weight.zero_point, *floats)
+    return _scan(step, gates, states, sizes, reverse)
+
+
+def is_operator_call(gates: Tensor, states: States, bias: Tensor | None) -> bool:
+    """Whether the operators take these: float32, and no gradients wanted under torch.compile, which cannot trace them."""
+    if gates.dtype != torch.float32 or any(state.dtype != torch.float32 for state in states):
+        return False
+    return not (torch.compiler.is_dynamo_compiling() and _wants_gradients(gates, states, bias))
+
+
+def call_recurrent(
+    cell: str,
+    gates: Tensor,
+    states: States,
+    weight: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    numbers: Numbers,
+    sizes: Sequence[int],
+    reverse: bool,
+) -> tuple[Tensor, States]:
+    """``recurrent`` by the operator; ``weight``: packed, scale, zero point and bias."""
+    packed, scale, zero_point, bias = weight
+    run: Any = _Differentiable.apply if _wants_gradients(gates, states, bias) else _operator
+    y, *last = run(cell, numbers, sizes, reverse, packed, scale, zero_point, bias, gates, *states)
     return y, tuple(last)
+
+
+def _wants_gradients(gates: Tensor, states: States, bias: Tensor | None) -> bool:
+    tensors = (bias, gates, *states)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def product(x: Tensor, weight: QTensor | Tensor, bias: Tensor | None, spec: QuantSpec | None) -> Tensor:
@@ -127,8 +150,7 @@ def _operator(
     *floats: Tensor,
 ) -> tuple[Tensor, ...]:
     _, bits, group, input_group, _ = numbers
-    operator = getattr(torch.ops.fewbit, cell)
-    return operator(*floats, packed, scale, zero_point, bias, bits, group, input_group, sizes, reverse)
+    return _OPERATORS[cell](*floats, packed, scale, zero_point, bias, bits, group, input_group, sizes, reverse)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -187,3 +209,4 @@ register(
     lambda gates, h, *arguments: _reference("gru", gates, (h,), arguments),
     lambda gates, h, *_: _fake(gates, (h,)),
 )
+_OPERATORS: dict[str, Any] = {"lstm": torch.ops.fewbit.lstm.default, "gru": torch.ops.fewbit.gru.default}
