@@ -31,7 +31,7 @@ class Tagger(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(300, 64)
         self.lstm = nn.LSTM(64, 48, bidirectional=True, batch_first=True)
-        self.head = nn.Linear(96, 192)
+        self.head = nn.Linear(96, 512)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.lstm(self.embedding(tokens))[0][:, -1])
@@ -42,10 +42,10 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(200, 128)
-        layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
+        self.embedding = nn.Embedding(200, 256)
+        layer = nn.TransformerEncoderLayer(256, 4, 256, dropout=0.0, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2)
-        self.head = nn.Linear(128, 10)
+        self.head = nn.Linear(256, 10)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.encoder(self.embedding(tokens)).mean(1))
@@ -86,7 +86,7 @@ def encoder() -> nn.Module:
 @pytest.fixture
 def mlp() -> nn.Module:
     torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(128, 192), nn.ReLU(), nn.Linear(192, 128), nn.ReLU(), nn.Linear(128, 4)).eval()
+    return nn.Sequential(nn.Linear(256, 192), nn.ReLU(), nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 4)).eval()
 
 
 @pytest.fixture
@@ -107,4 +107,4 @@ def tokens() -> list[Tensor]:
 def vectors() -> list[Tensor]:
     """Four batches for ``mlp``."""
     generator = torch.Generator().manual_seed(12)
-    return [torch.randn(8, 128, generator=generator) for _ in range(4)]
+    return [torch.randn(8, 256, generator=generator) for _ in range(4)]

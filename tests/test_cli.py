@@ -25,8 +25,8 @@ import fewbit
 
 def task():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(128, 192), nn.ReLU(), nn.Linear(192, 10)).eval()
-    x = torch.randn(64, 128)
+    model = nn.Sequential(nn.Linear(256, 192), nn.ReLU(), nn.Linear(192, 256)).eval()
+    x = torch.randn(64, 256)
     with torch.no_grad():
         labels = model(x).argmax(1)
 
@@ -121,7 +121,7 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=128,
+        hidden_size=256,
         intermediate_size=256,
         num_hidden_layers=1,
         num_attention_heads=4,
@@ -175,7 +175,7 @@ def test_auto_without_evaluate_is_one_line(
     path.write_text("import fewbit\nfrom torch import nn\n\ndef task():\n    return fewbit.Task(nn.Linear(2, 2))\n")
     line = failing(monkeypatch, capsys, "auto", path, "--max-drop", 0.1, "--out", tmp_path / "out")
     assert "auto needs a task with an evaluate function" in line
-    checkpoint = fewbit.save(fewbit.quantize(nn.Linear(128, 128), "int8-dynamic"), tmp_path / "saved")
+    checkpoint = fewbit.save(fewbit.quantize(nn.Linear(256, 256), "int8-dynamic"), tmp_path / "saved")
     assert "needs a task with calibration" in failing(monkeypatch, capsys, "compare", path, checkpoint)
 
 

@@ -338,7 +338,7 @@ def test_plan_that_does_not_fit_names_the_site(mlp: nn.Module, cnn: nn.Module, t
     plan = fewbit.plan_of(fewbit.quantize(mlp, "int8-dynamic"))
     with pytest.raises(PlanError, match=r"plan.sites.0: needs a Linear, found no such layer in this ConvNet"):
         skeleton(cnn, plan)
-    other = nn.Sequential(nn.Linear(128, 193), nn.ReLU(), nn.Linear(193, 128), nn.ReLU(), nn.Linear(128, 4))
+    other = nn.Sequential(nn.Linear(256, 193), nn.ReLU(), nn.Linear(193, 256), nn.ReLU(), nn.Linear(256, 4))
     with pytest.raises(PlanError, match=r"plan.sites.0: needs weights .*192.*found .*193"):
         skeleton(other, plan)
 

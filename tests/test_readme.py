@@ -22,8 +22,8 @@ class Encoder(nn.Module):
         self.encoder = nn.Module()
         self.encoder.layer = nn.ModuleList([nn.Module()])
         self.encoder.layer[0].output = nn.Module()
-        self.encoder.layer[0].output.dense = nn.Linear(160, 160)
-        self.classifier = nn.Linear(160, 160)
+        self.encoder.layer[0].output.dense = nn.Linear(256, 256)
+        self.classifier = nn.Linear(256, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(torch.relu(self.encoder.layer[0].output.dense(x)))
@@ -32,7 +32,7 @@ class Encoder(nn.Module):
 def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     monkeypatch.chdir(tmp_path)
-    batches = [torch.randn(16, 160) for _ in range(3)]
+    batches = [torch.randn(16, 256) for _ in range(3)]
     model = Encoder().eval()
     names: dict[str, object] = {
         "model": model,

@@ -31,7 +31,7 @@ Confidence = Annotated[float, typer.Option(help="with which it is to be shown, o
 
 @app.command()
 def doctor() -> None:
-    """What this machine is: CPU features, cores, memory, versions, extras."""
+    """What this machine is: CPU features, kernels, cores, memory, versions, extras."""
     machine = fewbit.probe()
     table = Table(show_header=False, box=None)
     table.add_row("CPU", machine.cpu)

@@ -23,7 +23,7 @@ import fewbit
 from fewbit.pipeline import sites_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-VOCABULARY = 160
+VOCABULARY = 192
 RECIPES = ["int8-dynamic", "int4-weight-only"]
 
 
@@ -31,7 +31,7 @@ def llama(tied: bool) -> nn.Module:
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
-            hidden_size=128,
+            hidden_size=256,
             intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -49,7 +49,7 @@ def gpt2() -> nn.Module:
         GPT2Config(
             vocab_size=VOCABULARY,
             n_positions=64,
-            n_embd=128,
+            n_embd=256,
             n_layer=2,
             n_head=4,
             pad_token_id=0,
@@ -62,7 +62,7 @@ def gpt2() -> nn.Module:
 def bert_config() -> BertConfig:
     return BertConfig(
         vocab_size=VOCABULARY,
-        hidden_size=128,
+        hidden_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=256,
@@ -166,7 +166,7 @@ def test_tied_head_and_embedding_stay_float_where_one_has_no_rule(name: str, emb
 def test_transposed_conv1d_is_quantized() -> None:
     plan = fewbit.plan_of(fewbit.quantize(made("gpt2"), "int8-dynamic"))
     site = plan.sites["transformer.h.0.attn.c_attn"]
-    assert site.type == "Conv1D" and site.weights == {"weight": (3 * 128, 128)}
+    assert site.type == "Conv1D" and site.weights == {"weight": (3 * 256, 256)}
 
 
 def test_static_ranges_from_batches_with_labels() -> None:

@@ -152,10 +152,10 @@ def test_two_recipes_of_one_name_are_refused() -> None:
     recipes = [fewbit.load_recipe("int8-dynamic"), fewbit.load_recipe("int8-dynamic", exclude="x")]
     with pytest.raises(PlanError, match="name of two"):
         fewbit.autoquantize(
-            nn.Linear(160, 160),
+            nn.Linear(256, 256),
             evaluate=lambda model: 1.0,
             budget=fewbit.Budget(0.1),
-            example_inputs=torch.randn(1, 160),
+            example_inputs=torch.randn(1, 256),
             recipes=recipes,
         )
 

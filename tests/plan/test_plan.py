@@ -37,6 +37,7 @@ GOLDEN = {
                     "method": "rtn",
                 },
                 "min_weights": 20,
+                "min_channels": 0,
                 "optional": False,
             }
         ],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from transformers.pytorch_utils import Conv1D
 
 import fewbit
 from fewbit import PER_TOKEN, Plan, PlanError, QuantSpec, Recipe, Rule, Scheme, make_plan, per_channel
@@ -40,6 +43,44 @@ def test_too_few_weights() -> None:
     plan = make_plan(chain(), Recipe("test", (Rule("*", INT8, min_weights=33),)))
     assert list(plan.sites) == ["1"] and set(plan.skipped) == {"0", "2"}
     assert all("too small to gain" in reason for reason in plan.skipped.values())
+
+
+def test_too_few_channels() -> None:
+    plan = make_plan(chain(), Recipe("test", (Rule("*", INT8, min_weights=20, min_channels=8),)))
+    assert list(plan.sites) == ["0", "1"]
+    assert plan.skipped == {"2": "too small to gain: fewer than 20 weights"}
+    plan = make_plan(chain(), Recipe("test", (Rule("*", INT8, min_channels=3),)))
+    assert plan.skipped == {"2": "too narrow to gain: fewer than 3 output channels"}
+
+
+def test_channels_are_counted_whatever_the_layout() -> None:
+    model = nn.ModuleDict({"wide": Conv1D(64, 8), "narrow": Conv1D(8, 64), "rnn": nn.GRU(8, 16)})
+    plan = make_plan(model, Recipe("test", (Rule("*", INT8, min_channels=40),)))
+    assert list(plan.sites) == ["wide", "rnn"]
+    assert plan.skipped == {"narrow": "too narrow to gain: fewer than 40 output channels"}
+
+
+@pytest.mark.parametrize("preset", ["int8-dynamic", "int4-dynamic"])
+@pytest.mark.parametrize("make", [nn.Linear, lambda inputs, outputs: Conv1D(outputs, inputs)], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "reason"),
+    [
+        (192, 256, None),
+        (768, 64, None),
+        (192, 255, "too small to gain: fewer than 49152 weights"),
+        (192, 192, "too small to gain: fewer than 49152 weights"),
+        (4096, 63, "too narrow to gain: fewer than 64 output channels"),
+        (16384, 4, "too narrow to gain: fewer than 64 output channels"),
+    ],
+)
+def test_presets_that_quantize_inputs_on_the_fly_leave_out_what_would_not_be_faster(
+    preset: str, make: Callable[[int, int], nn.Module], inputs: int, outputs: int, reason: str | None
+) -> None:
+    with torch.device("meta"):
+        model = nn.ModuleDict({"rnn": nn.GRU(16, 16), "table": nn.Embedding(64, 16), "dense": make(inputs, outputs)})
+    plan = make_plan(model, fewbit.load_recipe(preset))
+    assert plan.skipped == ({} if reason is None else {"dense": reason})
+    assert {"rnn", "table"} <= set(plan.sites)
 
 
 def test_no_rule_for_a_layer() -> None:

@@ -31,13 +31,13 @@ def test_presets_load_and_survive_json(name: str) -> None:
 def test_toml_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(
-        'name = "mine"\n[[rules]]\npattern = "type:Linear"\nmin_weights = 7\n[rules.scheme]\n'
+        'name = "mine"\n[[rules]]\npattern = "type:Linear"\nmin_weights = 7\nmin_channels = 5\n[rules.scheme]\n'
         'weight = { format = "int8", granularity = { channel = 0 } }\n'
         'input = { format = "int8", granularity = "token" }\n'
         '[[rules]]\npattern = "head"\n'
     )
     scheme = Scheme(INT8.weight, QuantSpec("int8", PER_TOKEN))
-    expected = Recipe("mine", (Rule("type:Linear", scheme, min_weights=7), Rule("head", None)))
+    expected = Recipe("mine", (Rule("type:Linear", scheme, min_weights=7, min_channels=5), Rule("head", None)))
     assert load_recipe(file) == load_recipe(str(file)) == expected
 
 
@@ -82,6 +82,10 @@ def test_override_and_exclude_come_first() -> None:
         (
             {"name": "x", "rules": [{**RULE, "min_weights": "9"}]},
             r"here.rules\[0\].min_weights: found '9', needs a int",
+        ),
+        (
+            {"name": "x", "rules": [{**RULE, "min_channels": 1.5}]},
+            r"here.rules\[0\].min_channels: found 1.5, needs a int",
         ),
         ({"name": "x", "rules": [{**RULE, "optional": 1}]}, r"here.rules\[0\].optional: found 1, needs a bool"),
         ({"name": "x", "rules": [{"pattern": "*", "scheme": {}}]}, r"here.rules\[0\].scheme: key 'weight' is missing"),

@@ -111,7 +111,7 @@ def test_no_time_means_no_trials(mlp: nn.Module, vectors: list[Tensor]) -> None:
 
 def test_recipes_without_anything_to_do_say_so(vectors: list[Tensor]) -> None:
     torch.manual_seed(0)
-    small = nn.Sequential(nn.Linear(128, 4)).eval()
+    small = nn.Sequential(nn.Linear(256, 3)).eval()
     answer = answer_of(small, vectors, scoring(0.0))
     problems = {trial.recipe: trial.problem for trial in answer.trials}
     assert "too small to gain" in str(problems[DYNAMIC]) and "too small to gain" in str(problems[INT4])

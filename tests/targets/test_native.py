@@ -43,7 +43,7 @@ def build(kind):
         ).eval()
     if kind == "lstm":
         return nn.Sequential(
-            nn.Embedding(300, 64), nn.LSTM(64, 48, bidirectional=True, batch_first=True), Last(), nn.Linear(96, 192)
+            nn.Embedding(300, 64), nn.LSTM(64, 48, bidirectional=True, batch_first=True), Last(), nn.Linear(96, 512)
         ).eval()
     layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
     return nn.Sequential(nn.Embedding(200, 128), nn.TransformerEncoder(layer, 2)).eval()

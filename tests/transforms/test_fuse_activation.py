@@ -155,12 +155,12 @@ def test_not_fused_where_something_would_be_lost(change: Callable[[nn.Sequential
 
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+    return nn.Sequential(nn.Linear(256, 192), nn.GELU(), nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 5)).eval()
 
 
 @pytest.mark.parametrize("preset", ["int8-dynamic", "int4-dynamic"])
 def test_quantized_layers_keep_the_activation_and_are_saved_with_it(preset: str, tmp_path: Path) -> None:
-    model, x = mlp(), torch.randn(7, 64)
+    model, x = mlp(), torch.randn(7, 256)
     quantized = fewbit.quantize(model, preset, [x])
     plan = fewbit.plan_of(quantized)
     assert plan.transforms == {"fuse_activation": [["0", "1", "gelu"], ["2", "3", "relu"]]}
@@ -178,7 +178,7 @@ def test_quantized_layers_keep_the_activation_and_are_saved_with_it(preset: str,
 
 
 def test_a_layer_that_stays_float_computes_its_activation(tmp_path: Path) -> None:
-    model, x = mlp(), torch.randn(7, 64)
+    model, x = mlp(), torch.randn(7, 256)
     quantized = fewbit.quantize(model, "int8-dynamic", [x], exclude=["0"])
     assert type(quantized.get_submodule("0")) is Linear
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_a_layer_that_stays_float_computes_its_activation(tmp_path: Path) -> Non
 
 
 def test_without_data_nothing_is_fused_and_the_plan_says_why() -> None:
-    model, x = mlp(), torch.randn(7, 64)
+    model, x = mlp(), torch.randn(7, 256)
     plain, fused = fewbit.quantize(model, "int8-dynamic"), fewbit.quantize(model, "int8-dynamic", [x])
     assert "calibration" in fewbit.plan_of(plain).skipped["transform fuse_activation"]
     assert isinstance(plain.get_submodule("1"), nn.GELU)
@@ -209,7 +209,7 @@ def test_without_data_nothing_is_fused_and_the_plan_says_why() -> None:
     ],
 )
 def test_places_that_do_not_fit_the_model(places: list[object]) -> None:
-    model, x = mlp(), torch.randn(7, 64)
+    model, x = mlp(), torch.randn(7, 256)
     plan = fewbit.plan_of(fewbit.quantize(model, "int8-dynamic", [x]))
     data = {**plan.to_json(), "transforms": {"fuse_activation": places}}
     with pytest.raises(fewbit.PlanError, match="fuse_activation"):
@@ -221,7 +221,7 @@ def test_bert_layers_are_fused() -> None:
 
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=100
+        hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2, vocab_size=100
     )
     model, tokens = BertModel(config).eval(), torch.randint(0, 100, (2, 9))
     fused, plain = fewbit.quantize(model, "int8-dynamic", [tokens]), fewbit.quantize(model, "int8-dynamic")

@@ -87,6 +87,8 @@ def _decide(name: str, module: nn.Module, kind: str, recipe: Recipe, listed: set
     count = sum(math.prod(shape) for shape in shapes.values())
     if count < max(1, rule.min_weights):
         return f"too small to gain: fewer than {max(1, rule.min_weights)} weights"
+    if max(shape[0] for shape in shapes.values()) < rule.min_channels:
+        return f"too narrow to gain: fewer than {rule.min_channels} output channels"
     kept = {key: shape for key, shape in shapes.items() if math.prod(shape) >= SMALL_SHARE * count}
     return Site(kind, kept, _fitted(name, kind, layer, rule))
 

@@ -29,13 +29,15 @@ class Rule:
 
     A pattern is ``type:NAME`` for layer classes (``type:Linear``, ``type:LSTM|GRU``), ``re:REGEX`` for a whole module
     name, or a glob on module names (``encoder.layer.*.output.dense``). A layer with fewer weights than ``min_weights``
-    stays float: it is too small to gain. A rule that matches nothing is an error unless it is ``optional``.
+    or fewer output channels than ``min_channels`` stays float: it is too small or too narrow to gain. A rule that
+    matches nothing is an error unless it is ``optional``.
     """
 
     pattern: str
     scheme: Scheme | None
     min_weights: int = 0
     optional: bool = False
+    min_channels: int = 0
 
     def matches(self, name: str, kind: str) -> bool:
         if self.pattern.startswith("type:"):
@@ -46,13 +48,14 @@ class Rule:
 
     def to_json(self) -> dict[str, Any]:
         scheme = None if self.scheme is None else self.scheme.to_json()
-        rest = {"min_weights": self.min_weights, "optional": self.optional}
-        return {"pattern": self.pattern, "scheme": scheme, **rest}
+        limits = {"min_weights": self.min_weights, "min_channels": self.min_channels}
+        return {"pattern": self.pattern, "scheme": scheme, **limits, "optional": self.optional}
 
     @staticmethod
     def from_json(data: Any, where: str) -> Rule:
         values = dict(checked_keys(data, Rule, where, required=("pattern",)))
-        check_types(values, {"pattern": str, "min_weights": int, "optional": bool}, where)
+        types = {"pattern": str, "min_weights": int, "min_channels": int, "optional": bool}
+        check_types(values, types, where)
         scheme = values.get("scheme")
         values["scheme"] = None if scheme is None else Scheme.from_json(scheme, f"{where}.scheme")
         return Rule(**values)
