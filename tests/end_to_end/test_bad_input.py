@@ -82,7 +82,7 @@ def test_weights_that_are_not_finite_name_their_layer(mlp: nn.Module, recipe: st
     with pytest.raises(PlanError, match=r"2.weight: cannot be quantized: found 1 NaN or infinite of 49152 values"):
         fewbit.quantize(mlp, recipe)
     plan = fewbit.plan_of(fewbit.quantize(mlp, recipe, exclude=["2"]))
-    assert list(plan.sites) == ["0"]
+    assert "0" in plan.sites and "2" not in plan.sites
 
 
 def good(_: nn.Module) -> Tensor:

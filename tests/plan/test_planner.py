@@ -199,9 +199,8 @@ def test_tied_weights_quantized_alike_stay_one_tensor() -> None:
     [
         (Rule("type:Linear", INT8),),
         (Rule("type:Embedding", INT8), Rule("middle", INT8)),
-        (Rule("head", INT4), Rule("*", INT8)),
     ],
-    ids=["head-alone", "embedding-alone", "different-formats"],
+    ids=["head-alone", "embedding-alone"],
 )
 def test_half_tied_weights_stay_float_and_one(rules: tuple[Rule, ...]) -> None:
     quantized, plan = tied(Recipe("test", rules))
@@ -209,6 +208,15 @@ def test_half_tied_weights_stay_float_and_one(rules: tuple[Rule, ...]) -> None:
     assert quantized.get_parameter("embedding.weight") is quantized.get_parameter("head.weight")
     assert any(reason.startswith("tied to ") for reason in plan.skipped.values())
     assert set(plan.skipped) == {"embedding", "head"}
+
+
+def test_tied_weights_of_different_formats_get_the_most_bits() -> None:
+    groups = Scheme(QuantSpec("int4", per_group(32)), QuantSpec("int8", per_group(32)), "mse")
+    quantized, plan = tied(Recipe("test", (Rule("type:Linear", groups), Rule("type:Embedding", INT8))))
+    assert plan.sites["middle"].scheme == groups
+    assert plan.sites["head"].scheme == Scheme(INT8.weight, QuantSpec("int8", PER_TOKEN), INT8.method)
+    assert plan.ties == (("embedding.weight", "head.weight"),)
+    assert quantized.get_buffer("embedding.weight_packed") is quantized.get_buffer("head.weight_packed")
 
 
 def test_tied_weights_with_different_inputs_are_quantized_alike() -> None:

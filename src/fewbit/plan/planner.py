@@ -11,7 +11,7 @@ from fewbit.errors import PlanError, unknown
 from fewbit.nn import QuantizedLayer, float_class, layer_class
 from fewbit.plan.plan import Plan, Site, header_bytes
 from fewbit.plan.recipe import Recipe, Rule
-from fewbit.spec import Scheme
+from fewbit.spec import PER_TOKEN, Scheme
 
 # A smaller share of a layer's weights stays float. There is nothing to gain by it, and in recurrent layers it is the matrix
 # that reads raw features, whose range may be beyond 8 bits while that of inner states is [-1, 1].
@@ -40,7 +40,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
         else:
             skipped[name] = decision
     ties = _ties(candidates)
-    _skip_half_tied(sites, skipped, ties)
+    _agree_on_ties(sites, skipped, ties)
     if not sites:
         reasons = "; ".join(dict.fromkeys(skipped.values())) or "it has no layer with a weight matrix"
         raise PlanError(f"recipe {recipe.name!r} quantizes nothing in this {type(model).__name__}: {reasons}.")
@@ -158,15 +158,27 @@ def _ties(candidates: dict[str, nn.Module]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in owners.values() if len(names) > 1]
 
 
-def _skip_half_tied(sites: dict[str, Site], skipped: dict[str, str], ties: list[tuple[str, ...]]) -> None:
-    """A tensor that two layers share is quantized for both alike, or for neither."""
+def _agree_on_ties(sites: dict[str, Site], skipped: dict[str, str], ties: list[tuple[str, ...]]) -> None:
+    """A tensor that two layers share is quantized for both alike, with the most bits that one of them wants; or for neither."""
     for tie in ties:
         members = [name.rpartition(".")[0] for name in tie]
-        specs = {sites[name].scheme.weight for name in members if name in sites}
         shapes = {tuple(sites[name].weights.values()) for name in members if name in sites}
-        if all(name in sites for name in members) and len(specs) == 1 and len(shapes) == 1:
+        if all(name in sites for name in members) and len(shapes) == 1:
+            schemes = [sites[name].scheme for name in members]
+            finest = max(schemes, key=lambda scheme: scheme.weight.number.bits)
+            for name, scheme in zip(members, schemes, strict=True):
+                if scheme.weight != finest.weight:
+                    sites[name] = replace(sites[name], scheme=_with_weight(scheme, finest))
             continue
         for name in members:
             if sites.pop(name, None) is not None:
                 others = ", ".join(other for other in members if other != name)
                 skipped[name] = f"tied to {others}, which is not quantized in the same way"
+
+
+def _with_weight(scheme: Scheme, other: Scheme) -> Scheme:
+    """``scheme`` with the other's weights; an input in groups of its own weights is then quantized by the row."""
+    spec = scheme.input
+    if spec is not None and spec.granularity.kind == "group":
+        spec = replace(spec, granularity=PER_TOKEN)
+    return Scheme(other.weight, spec, other.method)
