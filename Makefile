@@ -1,7 +1,7 @@
 # make demo   set up .venv and run the main job on the embedded model and data: build/demo/report.html, answer.json
 # make test   set up .venv and run the tests            make test-all   with the slow ones
 # make check  format, lint, types                       make bench      measure everything; results in benchmarks/results
-# make docs   write the measured figures into README.md and docs/
+# make docs   write the measured figures into README.md
 # make kernels  compile what has changed in csrc/; demo, test and bench do it by themselves
 
 PYTHON ?= python3
@@ -34,6 +34,10 @@ format: .venv/dev
 
 bench: .venv/bench .venv/kernels
 	for script in accuracy footprint checkpoint; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in linear recurrent encoder "decode --compile"; do \
+	  set -- $$script; name=$$1; shift; \
+	  $(BIN)/python benchmarks/$$name.py $$@ && $(BIN)/python benchmarks/$$name.py $$@ --isa avx2 || exit 1; \
+	done
 
 docs: .venv/base
 	$(BIN)/python benchmarks/tables.py

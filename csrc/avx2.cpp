@@ -1,6 +1,6 @@
 // AVX2 without VNNI. vpmaddubsw adds two products in int16 with saturation, so it gets only operands that cannot reach it:
-// |w| <= 128 times |x| <= 127 for 8-bit weights (the sign moved from the weight to the activation), and codes up to 15 for
-// 4-bit ones, of which eight sums fit in int16 before they are widened.
+// magnitudes of activations, at most 127, times weights whose signs follow the activations'; and 4-bit codes up to 15, of
+// which the sums of a block fit in int16 before they are widened.
 #include "avx_inl.h"
 
 namespace fewbit {

@@ -1,4 +1,5 @@
-// Activations to int8 codes, to the bit as fewbit.qtensor rounds them. Plain loops that compilers turn into vectors.
+// Activations to int8 codes, to the bit as fewbit.qtensor rounds them. Plain loops, for the steps of which
+// instruction sets may have something better.
 #pragma once
 
 #include <cstring>

@@ -11,10 +11,10 @@ from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 import fewbit
-from fewbit import PER_TOKEN, Plan, PlanError, QuantSpec, Recipe, Rule, Scheme, make_plan, per_channel
+from fewbit import PER_TOKEN, Plan, PlanError, QuantSpec, Recipe, Rule, Scheme, make_plan, per_channel, per_group
 
 INT8 = Scheme(QuantSpec("int8", per_channel(0)))
-INT4 = Scheme(QuantSpec("int4", fewbit.per_group(4)))
+INT4 = Scheme(QuantSpec("int4", per_group(4)))
 ALL = Recipe("all", (Rule("*", INT8),))
 
 
