@@ -10,25 +10,52 @@ namespace {
 
 // Steps over kBlock numbers: see Plain.
 struct AvxBlocks {
-  template <int B> static void block_to_float(const uint8_t* bytes, int32_t zero_point, float scale, float* out) {
+  // kBlock stored codes of `B` bits less their zero point, as float.
+  template <int B> static void codes_to_float(const uint8_t* bytes, int32_t zero_point, __m256 (&out)[4]) {
     __m128i half[2]; // 16 signed codes each
     if constexpr (B == 8) {
       half[0] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
       half[1] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16));
     } else {
       const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), mask = _mm_set1_epi8(15);
-      const __m128i low = _mm_and_si128(v, mask), high = _mm_and_si128(_mm_srli_epi16(v, 4), mask);
+      const __m128i z = _mm_set1_epi8(static_cast<char>(zero_point + 8));
+      const __m128i low = _mm_sub_epi8(_mm_and_si128(v, mask), z);
+      const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(v, 4), mask), z);
       half[0] = _mm_unpacklo_epi8(low, high);
       half[1] = _mm_unpackhi_epi8(low, high);
-      zero_point += 8;
     }
-    const __m256 z = _mm256_set1_ps(static_cast<float>(zero_point)), s = _mm256_set1_ps(scale);
+    const __m256i z = _mm256_set1_epi32(zero_point);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const __m128i eight = i % 2 ? _mm_unpackhi_epi64(half[i / 2], half[i / 2]) : half[i / 2];
-      const __m256 code = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
-      _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(_mm256_sub_ps(code, z), s));
+      __m256i code = _mm256_cvtepi8_epi32(i % 2 ? _mm_unpackhi_epi64(half[i / 2], half[i / 2]) : half[i / 2]);
+      if (B == 8) code = _mm256_sub_epi32(code, z);
+      out[i] = _mm256_cvtepi32_ps(code);
     }
+  }
+  template <int B> static void block_to_float(const uint8_t* bytes, int32_t zero_point, float scale, float* out) {
+    __m256 codes[4];
+    codes_to_float<B>(bytes, zero_point, codes);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(codes[i], _mm256_set1_ps(scale)));
+  }
+  using FloatSum = __m256;
+  static FloatSum no_products() { return _mm256_setzero_ps(); }
+  static float sum_products(FloatSum v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static FloatSum scaled(FloatSum products, float scale, FloatSum sum) {
+    return _mm256_fmadd_ps(products, _mm256_set1_ps(scale), sum);
+  }
+  template <int B, int R>
+  static void add_products(FloatSum (&sums)[R], const uint8_t* bytes, int32_t zero_point, const float* x, int64_t stride) {
+    __m256 codes[4];
+    codes_to_float<B>(bytes, zero_point, codes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[r] = _mm256_fmadd_ps(codes[i], _mm256_loadu_ps(x + r * stride + 8 * i), sums[r]);
   }
   using Most = __m256i;
   static Most most() { return _mm256_setzero_si256(); }
@@ -135,11 +162,7 @@ struct Avx : AvxBlocks {
   static I high(I bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
 
   static int32_t sum(I v) { return sum_lanes(v); }
-  static float sum(F v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-  }
+  static float sum(F v) { return sum_products(v); }
 
   static F load_bf16(const uint16_t* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -65,10 +65,59 @@ inline void float_dot(const float* x, const float* weights, int64_t depth, float
   }
 }
 
+// Few rows: the codes meet the activations in registers.
+template <int B, int R> void float_row(const Weight& w, int64_t n, const float* x, float (&sums)[R]) {
+  const uint8_t* bytes = w.codes + n * w.row_bytes;
+  typename Simd::FloatSum total[R];
+  for (int r = 0; r < R; ++r) total[r] = Simd::no_products();
+  for (int64_t g = 0, k = 0; g < w.groups; ++g) {
+    const int64_t end = (g + 1) * w.group < w.columns ? (g + 1) * w.group : w.columns;
+    const int32_t z = w.zero_point ? zero_point(w, n, g) : 0;
+    typename Simd::FloatSum products[R];
+    for (int r = 0; r < R; ++r) products[r] = Simd::no_products();
+    for (; k + kBlock <= end; k += kBlock) {
+      __builtin_prefetch(bytes + k * B / 8 + 4096, 0, 2);
+      Simd::template add_products<B, R>(products, bytes + k * B / 8, z, x + k, w.columns);
+    }
+    if (k < end) { // the end of the row, filled up with zeros
+      uint8_t codes[kBlock] = {};
+      float rest[R][kBlock] = {};
+      std::memcpy(codes, bytes + k * B / 8, w.row_bytes - k * B / 8);
+      for (int r = 0; r < R; ++r) std::memcpy(rest[r], x + r * w.columns + k, (end - k) * sizeof(float));
+      Simd::template add_products<B, R>(products, codes, z, &rest[0][0], kBlock);
+      k = end;
+    }
+    for (int r = 0; r < R; ++r) total[r] = Simd::scaled(products[r], weight_scale(w, n, g), total[r]);
+  }
+  for (int r = 0; r < R; ++r) sums[r] = Simd::sum_products(total[r]);
+}
+
+template <int B, int R>
+void float_rows(const Weight& w, const float* x, int64_t rows, int64_t begin, int64_t end, const Output& y) {
+  if constexpr (R > 1) {
+    if (rows < R) return float_rows<B, R - 1>(w, x, rows, begin, end, y);
+  }
+  constexpr int64_t kChunk = 64; // output channels that are finished together
+  float out[R][kChunk];
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t count = end - first < kChunk ? end - first : kChunk;
+    for (int64_t i = 0; i < count; ++i) {
+      float sums[R];
+      float_row<B, R>(w, first + i, x, sums);
+      for (int r = 0; r < R; ++r) out[r][i] = sums[r];
+    }
+    for (int r = 0; r < R; ++r) finish_row(out[r], count, y, r, first);
+  }
+}
+
 int64_t float_scratch() { return kFloatColumns * kFloatStride + kFloatRows * kFloatColumns; }
 
 void linear_float(const Weight& w, const float* x, int64_t rows, int64_t begin, int64_t end, float* scratch,
                   const Output& y) {
+  if (rows <= kRowsAtMost) {
+    return w.bits == 8 ? float_rows<8, kRowsAtMost>(w, x, rows, begin, end, y)
+                       : float_rows<4, kRowsAtMost>(w, x, rows, begin, end, y);
+  }
   float* weights = scratch;
   float* sums = scratch + kFloatColumns * kFloatStride;
   for (int64_t first = begin; first < end; first += kFloatColumns) {

@@ -71,8 +71,10 @@ struct Kernels {
 
   int64_t (*panel_bytes)(const Weight&);
   void (*pack)(const Weight&, int64_t first, void* panel);
-  // Output channels of the panel for the input's rows [begin, end).
-  void (*multiply)(const Weight&, int64_t first, const void* panel, const Quantized&, int64_t begin, int64_t end, const Output&);
+  // Output channels of the panel for the input's rows [begin, end). Meanwhile `next_bytes` of memory from `next` on, needed
+  // after this, are brought nearer.
+  void (*multiply)(const Weight&, int64_t first, const void* panel, const Quantized&, int64_t begin, int64_t end,
+                   const void* next, int64_t next_bytes, const Output&);
 
   // Activations stay float: output channels [begin, end) for all rows of x [rows, columns], of which there are at most
   // float_rows. `scratch` has float_scratch() floats.

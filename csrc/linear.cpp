@@ -91,7 +91,7 @@ void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int6
     in_parallel(w.rows, work, [&](int64_t begin, int64_t end) { k.gemv(w, q, begin, end, y); });
   } else {
     // A task is a panel for a share of the rows, whose codes stay in a core's cache while panel after panel meets them.
-    constexpr int64_t kCached = 192 << 10, kLeastRows = 48; // bytes of codes; rows that are worth packing a panel
+    constexpr int64_t kCached = 512 << 10, kLeastRows = 48; // bytes of codes; rows that are worth packing a panel
     const int64_t columns = ceil_div(w.rows, k.panel_columns);
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t wanted = std::max(ceil_div(rows * q.stride, kCached), columns < 4 * threads ? ceil_div(4 * threads, columns) : 1);
@@ -101,11 +101,9 @@ void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int6
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task % columns * k.panel_columns, top = task / columns * share;
         k.pack(w, first, panel);
-        // The next panel's rows come from memory while this one is multiplied.
-        const uint8_t* next = w.codes + std::min(first + k.panel_columns, w.rows) * w.row_bytes;
-        const uint8_t* last = w.codes + std::min(first + 2 * k.panel_columns, w.rows) * w.row_bytes;
-        for (; next < last; next += 64) __builtin_prefetch(next, 0, 2);
-        k.multiply(w, first, panel, q, top, std::min(top + share, rows), y);
+        const int64_t next = std::min(first + k.panel_columns, w.rows), last = std::min(next + k.panel_columns, w.rows);
+        k.multiply(w, first, panel, q, top, std::min(top + share, rows), w.codes + next * w.row_bytes,
+                   (last - next) * w.row_bytes, y);
       }
     });
   }

@@ -257,11 +257,21 @@ __attribute__((always_inline)) inline void tile_step(typename D::Acc (&acc)[R][S
   }
 }
 
+// Memory that is needed next, asked for a few lines at a time while there is enough else to do.
+struct Ahead {
+  const uint8_t* next;
+  const uint8_t* end;
+  int64_t bytes; // a step: a multiple of a line
+  __attribute__((always_inline)) inline void step() {
+    for (const uint8_t* stop = next + bytes; next < end && next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 // Sums over columns [begin, end) of group g: total [R][V], exact.
 template <class D, int R>
 __attribute__((always_inline)) inline void tile_group(const uint8_t* codes, const int8_t* const (&x)[R],
                                                       const int32_t* const (&start)[R], int64_t plane, int64_t g,
-                                                      int64_t begin, int64_t end,
+                                                      int64_t begin, int64_t end, Ahead& ahead,
                                                       typename Simd::I (&total)[R][Simd::kPanelVectors]) {
   constexpr int V = Simd::kPanelVectors;
   codes += begin * kColumns;
@@ -277,10 +287,12 @@ __attribute__((always_inline)) inline void tile_group(const uint8_t* codes, cons
       for (int v = 0; v < V; ++v) acc[r][v] = D::start(start[r][starts_by_block<D>() ? begin / kBlock : g]);
     if constexpr (D::kWide) {
       for (int64_t k = begin; k < end; k += 16, codes += 16 * kColumns) {
+        ahead.step();
 #pragma GCC unroll 4
         for (int s = 0; s < 4; ++s) tile_step<D, R>(acc, codes + s * 4 * kColumns, x, k + s * 4, plane);
       }
     } else {
+      ahead.step();
 #pragma GCC unroll 8
       for (int s = 0; s < kBlock / 4; ++s) tile_step<D, R>(acc, codes + s * 4 * kColumns, x, begin + s * 4, plane);
     }
@@ -293,7 +305,7 @@ __attribute__((always_inline)) inline void tile_group(const uint8_t* codes, cons
 
 // R rows of activations times a panel: out [R][kColumns]. Z: there are zero points. OneBlock: groups are of kBlock.
 template <class D, int R, bool Z, bool OneBlock>
-void tile(const Weight& w, const Panel& panel, const Quantized& in, int64_t row, float* out) {
+void tile(const Weight& w, const Panel& panel, const Quantized& in, int64_t row, Ahead& ahead, float* out) {
   constexpr int V = Simd::kPanelVectors;
   const int8_t* x[R];
   const int32_t* start[R];
@@ -311,12 +323,12 @@ void tile(const Weight& w, const Panel& panel, const Quantized& in, int64_t row,
     const int64_t end = OneBlock ? begin + kBlock : begin + w.group < columns ? begin + w.group : columns;
     typename Simd::I total[R][V];
     if constexpr (D::kWide || OneBlock) {
-      tile_group<D, R>(panel.codes, x, start, plane, g, begin, end, total);
+      tile_group<D, R>(panel.codes, x, start, plane, g, begin, end, ahead, total);
     } else {
-      tile_group<D, R>(panel.codes, x, start, plane, g, begin, begin + kBlock, total);
+      tile_group<D, R>(panel.codes, x, start, plane, g, begin, begin + kBlock, ahead, total);
       for (int64_t k = begin + kBlock; k < end; k += kBlock) {
         typename Simd::I more[R][V];
-        tile_group<D, R>(panel.codes, x, start, plane, g, k, k + kBlock, more);
+        tile_group<D, R>(panel.codes, x, start, plane, g, k, k + kBlock, ahead, more);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -334,17 +346,22 @@ void tile(const Weight& w, const Panel& panel, const Quantized& in, int64_t row,
 
 template <class D, int R>
 void rows_of_panel(const Weight& w, int64_t first, const Panel& panel, const Quantized& in, int64_t row, int64_t rows,
-                   const Output& y) {
+                   Ahead& ahead, const Output& y) {
   if constexpr (R > 1) {
-    if (rows < R) return rows_of_panel<D, R - 1>(w, first, panel, in, row, rows, y);
+    if (rows < R) return rows_of_panel<D, R - 1>(w, first, panel, in, row, rows, ahead, y);
   }
   alignas(64) float out[R * kColumns];
+  const int64_t size = y.type == Type::f32 ? 4 : 2;
+  for (int r = 0; r < R; ++r) { // where the sums go
+    const uint8_t* to = static_cast<const uint8_t*>(y.data) + ((row + r) * y.stride + first) * size;
+    for (int64_t i = 0; i < kColumns * size; i += 64) __builtin_prefetch(to + i, 1);
+  }
   if (w.zero_point) {
-    tile<D, R, true, false>(w, panel, in, row, out);
+    tile<D, R, true, false>(w, panel, in, row, ahead, out);
   } else if (D::kWide || w.group > kBlock) {
-    tile<D, R, false, false>(w, panel, in, row, out);
+    tile<D, R, false, false>(w, panel, in, row, ahead, out);
   } else {
-    tile<D, R, false, true>(w, panel, in, row, out);
+    tile<D, R, false, true>(w, panel, in, row, ahead, out);
   }
   const int64_t valid = w.rows - first < kColumns ? w.rows - first : kColumns;
   finish_rows<kColumns>(out, R, valid, y, row, first);
@@ -352,23 +369,26 @@ void rows_of_panel(const Weight& w, int64_t first, const Panel& panel, const Qua
 
 template <class D>
 void multiply_with(const Weight& w, int64_t first, const void* memory, const Quantized& in, int64_t begin, int64_t end,
-                   const Output& y) {
+                   const void* next, int64_t bytes, const Output& y) {
   const Panel panel = panel_of(w, const_cast<void*>(memory));
+  const int64_t steps = ceil_div(end - begin, D::kTileRows) * ceil_div(w.columns, D::kWide ? 16 : kBlock);
+  const uint8_t* from = static_cast<const uint8_t*>(next);
+  Ahead ahead{from, from + bytes, round_up(ceil_div(bytes, steps > 0 ? steps : 1), 64)};
   for (int64_t row = begin; row < end;) {
     // Two tiles of even height rather than a full one and a low one.
     const int64_t left = end - row;
     const int64_t rows = left <= D::kTileRows ? left : left < 2 * D::kTileRows ? (left + 1) / 2 : D::kTileRows;
-    rows_of_panel<D, D::kTileRows>(w, first, panel, in, row, rows, y);
+    rows_of_panel<D, D::kTileRows>(w, first, panel, in, row, rows, ahead, y);
     row += rows;
   }
 }
 
 void multiply(const Weight& w, int64_t first, const void* panel, const Quantized& in, int64_t begin, int64_t end,
-              const Output& y) {
+              const void* next, int64_t bytes, const Output& y) {
   if (w.bits == 8) {
-    multiply_with<PanelDot8>(w, first, panel, in, begin, end, y);
+    multiply_with<PanelDot8>(w, first, panel, in, begin, end, next, bytes, y);
   } else {
-    multiply_with<PanelDot4>(w, first, panel, in, begin, end, y);
+    multiply_with<PanelDot4>(w, first, panel, in, begin, end, next, bytes, y);
   }
 }
 

@@ -103,6 +103,26 @@ struct Plain {
     }
     for (int64_t i = 0; i < kBlock; ++i) out[i] = static_cast<float>(codes[i] - zero_point) * scale;
   }
+  // Sums of products of float activations with codes less their zero point, and the scaled sums of groups.
+  struct FloatSum {
+    float lanes[8];
+  };
+  static FloatSum no_products() { return {}; }
+  static float sum_products(FloatSum v) {
+    const float* s = v.lanes;
+    return ((s[0] + s[4]) + (s[2] + s[6])) + ((s[1] + s[5]) + (s[3] + s[7]));
+  }
+  static FloatSum scaled(FloatSum products, float scale, FloatSum sum) {
+    for (int i = 0; i < 8; ++i) sum.lanes[i] += products.lanes[i] * scale;
+    return sum;
+  }
+  template <int B, int R>
+  static void add_products(FloatSum (&sums)[R], const uint8_t* bytes, int32_t zero_point, const float* x, int64_t stride) {
+    float codes[kBlock];
+    block_to_float<B>(bytes, zero_point, 1.0f, codes);
+    for (int r = 0; r < R; ++r)
+      for (int64_t i = 0; i < kBlock; ++i) sums[r].lanes[i % 8] += codes[i] * x[r * stride + i];
+  }
 };
 
 // One row of activations. Its scales are those of `input_group` columns (0: of the whole row), repeated where the weight's

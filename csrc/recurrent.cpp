@@ -71,7 +71,7 @@ Tensor scan(const Weight& w, Tensor gates, const Tensor& h, const float* bias, i
   if (repeated) {
     panels = static_cast<uint8_t*>(memory.get(all));
     in_parallel(blocks * Gates, w.rows * w.columns, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) k.pack(gate[i % Gates], i / Gates * k.panel_columns, panels + i * bytes);
+      for (int64_t i = begin; i < end; ++i) k.pack(gate[i / blocks], i % blocks * k.panel_columns, panels + i * bytes);
     });
   }
 
@@ -95,9 +95,11 @@ Tensor scan(const Weight& w, Tensor gates, const Tensor& h, const float* bias, i
             continue;
           }
           for (int64_t block = begin; block < end; ++block) {
-            void* packed = panels ? panels + (block * Gates + g) * bytes : panel.get(bytes);
+            void* packed = panels ? panels + (g * blocks + block) * bytes : panel.get(bytes);
             if (!panels) k.pack(gate[g], block * k.panel_columns, packed);
-            k.multiply(gate[g], block * k.panel_columns, packed, q, 0, rows, out);
+            const bool more = panels && block + 1 < end; // which follows this one
+            const void* next = more ? panels + (g * blocks + block + 1) * bytes : nullptr;
+            k.multiply(gate[g], block * k.panel_columns, packed, q, 0, rows, next, more ? bytes : 0, out);
           }
         }
         for (int64_t row = 0; row < rows; ++row) {

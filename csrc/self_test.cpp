@@ -25,7 +25,7 @@ std::vector<float> outputs(const Kernels& k, const Weight& w, int64_t input_grou
   void* panel = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   for (int64_t first = 0; first < w.rows; first += k.panel_columns) {
     k.pack(w, first, panel);
-    k.multiply(w, first, panel, q, 0, rows, out);
+    k.multiply(w, first, panel, q, 0, rows, nullptr, 0, out);
   }
   return y;
 }
