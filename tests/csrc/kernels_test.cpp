@@ -405,7 +405,7 @@ void check_gemv(const Problem& p, const Kernels& k, Random& random) {
   const int64_t rows = std::min(p.rows, k.gemv_rows), middle = random.of(0, p.weight.rows);
   const Activations q = quantize(p, k, random, rows, true);
   Values y = empty_output(p, rows);
-  k.gemv(p.weight, q.to, 0, middle, panel.data(), static_cast<int64_t>(panel.size()), output_of(p, y));
+  k.gemv(p.weight, q.to, 0, middle, output_of(p, y));
   k.gemv(p.weight, q.to, middle, p.weight.rows, output_of(p, y));
   check_output(p, k, "gemv", y, rows, p.sum, p.bound, p.weight.groups == 1 || has_integers(p));
 }
