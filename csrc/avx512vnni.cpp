@@ -17,6 +17,7 @@ struct Simd : AvxBlocks {
   static void pin(I& v) { __asm__("" : "+v"(v)); }
   static I zero() { return _mm512_setzero_si512(); }
   static I load(const void* p) { return _mm512_loadu_si512(p); }
+  static I load_part(const uint8_t* p, int64_t bytes) { return _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, p); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }

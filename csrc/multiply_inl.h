@@ -1,8 +1,9 @@
 // Matrix products with int8 activations. Included once by each instruction set's file, after its `Simd` and the four below.
 // All accumulators are exact: no instruction that could saturate is ever given operands that make it.
 //
-// Simd   vectors of `kBytes` bytes, which hold kLanes int32 or float. `pin` says that a sum is to be ready here, in a
-//        register: compilers otherwise regroup long sums, and run out of registers.
+// Simd   vectors of `kBytes` bytes, which hold kLanes int32 or float. `load_part` reads fewer bytes, and sets the rest to 0.
+//        `pin` says that a sum is to be ready here, in a register: compilers otherwise regroup long sums, and run out of
+//        registers.
 // Dot8, Dot4             how products of 8- and 4-bit weights with int8 activations are added up, for stored rows;
 // PanelDot8, PanelDot4   the same for packed panels:
 //   Acc, Code, X    an accumulator; weight codes and activations made ready
@@ -411,10 +412,7 @@ __attribute__((always_inline)) inline typename Simd::I products(typename Simd::I
 }
 
 inline typename Simd::I load_up_to(const uint8_t* p, int64_t bytes) {
-  if (bytes >= Simd::kBytes) return Simd::load(p);
-  alignas(64) uint8_t part[Simd::kBytes] = {};
-  std::memcpy(part, p, bytes);
-  return Simd::load(part);
+  return bytes >= Simd::kBytes ? Simd::load(p) : Simd::load_part(p, bytes);
 }
 
 // How far ahead of a byte of N rows the memory is asked for: at the same place of the next N rows.

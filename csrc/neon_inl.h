@@ -19,6 +19,7 @@ struct Neon : Plain {
   static I load(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
   static I load(const int8_t* p) { return vreinterpretq_s32_s8(vld1q_s8(p)); }
   static I load(const int32_t* p) { return vld1q_s32(p); }
+  static I load_part(const uint8_t* p, int64_t bytes) { return load(Filled<kBytes>(p, bytes).bytes); }
   static F load(const float* p) { return vld1q_f32(p); }
   static void store(float* p, F v) { vst1q_f32(p, v); }
   static void store(int32_t* p, I v) { vst1q_s32(p, v); }

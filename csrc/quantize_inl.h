@@ -27,6 +27,12 @@ inline uint32_t bits_of(float value) {
   return bits;
 }
 
+// `count` bytes, filled up with zeros.
+template <int Bytes> struct Filled {
+  alignas(Bytes) uint8_t bytes[Bytes] = {};
+  Filled(const uint8_t* p, int64_t count) { std::memcpy(bytes, p, count); }
+};
+
 inline void convert_to_float(const void* x, Type type, int64_t count, float* out) {
   if (type == Type::f32) {
     std::memcpy(out, x, count * sizeof(float));

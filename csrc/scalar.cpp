@@ -24,6 +24,7 @@ struct Simd : Plain {
     std::memcpy(&r, p, kBytes);
     return r;
   }
+  static I load_part(const uint8_t* p, int64_t bytes) { return load(Filled<kBytes>(p, bytes).bytes); }
   static F load(const float* p) {
     F r;
     std::memcpy(&r, p, kBytes);
