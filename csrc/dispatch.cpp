@@ -9,8 +9,13 @@
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#ifndef HWCAP2_I8MM // older kernels' headers
+#define HWCAP2_I8MM (1 << 13)
+#endif
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
+#elif defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include "kernels.h"
@@ -36,7 +41,13 @@ extern const Kernels kNeonI8mm;
 
 namespace {
 
-#ifdef __aarch64__
+#if defined(__x86_64__)
+// Older compilers do not know it by name.
+[[maybe_unused]] bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4));
+}
+#elif defined(__aarch64__)
 [[maybe_unused]] bool has(const char* feature) {
 #ifdef __APPLE__
   int value = 0;
@@ -55,14 +66,14 @@ std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #ifdef FEWBIT_HAS_AVX512VNNI
   if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
     found.push_back(&kAvx512Vnni);
 #endif
 #ifdef FEWBIT_HAS_AVXVNNI
-  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kAvxVnni);
+  if (avx2 && has_avxvnni()) found.push_back(&kAvxVnni);
 #endif
 #ifdef FEWBIT_HAS_AVX2
   if (avx2) found.push_back(&kAvx2);

@@ -27,9 +27,9 @@ template <class... C> inline Floats polynomial(Floats x, float first, C... rest)
 }
 inline Floats magnitude(Floats x) { return x < 0 ? -x : x; }
 
-// exp, to about 1 ulp; coefficients of Cephes' expf. Saturates instead of overflowing.
+// exp, to about 1 ulp; coefficients of Cephes' expf. Infinite from 88.4 on, for a sigmoid of 0; never below exp(-87).
 inline Floats exp_of(Floats x) {
-  const Floats top = Simd::all(88.0f), bottom = Simd::all(-87.0f);
+  const Floats top = Simd::all(89.0f), bottom = Simd::all(-87.0f);
   x = x > top ? top : x;
   x = x < bottom ? bottom : x;
   const Floats magic = Simd::all(12582912.0f); // x + magic has the nearest integer in its lowest bits
@@ -97,6 +97,15 @@ inline uint16_t to_bf16(float x) { // half to even, NaN stays NaN
   return static_cast<uint16_t>(x != x ? 0x7fc0 : rounded);
 }
 
+inline uint16_t to_f16(float x) { // the same
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff, bias = (127 - 15) << 23;
+  const uint32_t normal = (magnitude - bias + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // The last bit of 0.5 + x is that of float16's subnormal numbers, for the processor to round to.
+  const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t number = magnitude < (127 - 14) << 23 ? small : normal > 0x7c00 ? 0x7c00 : normal;
+  return static_cast<uint16_t>(bits >> 16 & 0x8000) | static_cast<uint16_t>(x != x ? 0x7e00 : number);
+}
+
 inline void store_row(const float* sums, int64_t count, const Output& y, int64_t row, int64_t first) {
   const int64_t place = row * y.stride + first;
   if (y.type == Type::f32) {
@@ -105,8 +114,8 @@ inline void store_row(const float* sums, int64_t count, const Output& y, int64_t
     uint16_t* out = static_cast<uint16_t*>(y.data) + place;
     for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(sums[i]);
   } else {
-    Half* out = static_cast<Half*>(y.data) + place;
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<Half>(sums[i]);
+    uint16_t* out = static_cast<uint16_t*>(y.data) + place;
+    for (int64_t i = 0; i < count; ++i) out[i] = to_f16(sums[i]);
   }
 }
 

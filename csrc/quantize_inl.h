@@ -9,12 +9,6 @@
 namespace fewbit {
 namespace {
 
-#ifdef __aarch64__
-using Half = __fp16; // before version 13 GCC has no _Float16 in C++ here
-#else
-using Half = _Float16;
-#endif
-
 inline float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -25,6 +19,16 @@ inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   return bits;
+}
+
+// A float16 by its bits, since not every compiler has the type. Exact, and without float32's subnormal numbers, which may
+// be flushed to zero.
+inline float float_of_f16(uint16_t half) {
+  const uint32_t sign = uint32_t{half} >> 15 << 31, magnitude = half & 0x7fff;
+  const uint32_t bias = (127 - 15) << 23; // of exponents; that of infinity and NaN is higher by it once more
+  const uint32_t normal = (magnitude << 13) + bias + (magnitude >= 0x7c00 ? bias : 0);
+  const uint32_t small = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return float_of(sign | (magnitude < 0x400 ? small : normal));
 }
 
 // `count` bytes, filled up with zeros.
@@ -40,8 +44,8 @@ inline void convert_to_float(const void* x, Type type, int64_t count, float* out
     const uint16_t* in = static_cast<const uint16_t*>(x);
     for (int64_t i = 0; i < count; ++i) out[i] = float_of(static_cast<uint32_t>(in[i]) << 16);
   } else {
-    const Half* in = static_cast<const Half*>(x);
-    for (int64_t i = 0; i < count; ++i) out[i] = in[i];
+    const uint16_t* in = static_cast<const uint16_t*>(x);
+    for (int64_t i = 0; i < count; ++i) out[i] = float_of_f16(in[i]);
   }
 }
 

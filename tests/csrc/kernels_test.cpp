@@ -517,6 +517,59 @@ void check_to_float(const Kernels& k) {
   }
 }
 
+// What an output of `type` becomes, without bias.
+Values stored(const Kernels& k, std::vector<float> sums, Type type, Activation activation) {
+  const int64_t count = static_cast<int64_t>(sums.size());
+  Values y(type, count);
+  k.finish(sums.data(), count, {y.data(), count, type, nullptr, activation}, 0, 0);
+  return y;
+}
+
+// Every number of 16 bits, those half way to the next one, and their neighbours in float32.
+void check_from_float(const Kernels& k) {
+  for (const Type type : {Type::bf16, Type::f16}) {
+    const Format f = format_of(type);
+    std::vector<float> values{HUGE_VALF, -HUGE_VALF, std::nanf("")};
+    for (int sign : {0, 0x8000})
+      for (int bits = 0; bits < (f.most - f.least + 2) << f.bits; ++bits) {
+        const double low = decode(static_cast<uint16_t>(sign | bits), f);
+        const double unit = std::ldexp(1, std::max(std::ilogb(low), f.least) - f.bits);
+        const float middle = static_cast<float>(low + (sign ? -unit : unit) / 2);
+        for (const float x : {static_cast<float>(low), middle}) {
+          values.push_back(x);
+          values.push_back(std::nextafter(x, HUGE_VALF));
+          values.push_back(std::nextafter(x, -HUGE_VALF));
+        }
+      }
+    const Values found = stored(k, values, type, Activation::none);
+    for (size_t i = 0; i < values.size(); ++i) {
+      const uint16_t expected = encode(values[i], f);
+      const bool both_nan = std::isnan(values[i]) && std::isnan(found[static_cast<int64_t>(i)]);
+      if (both_nan || found.halves[i] == expected) continue;
+      std::printf("%s, %.9g to %s: found 0x%04x, expected 0x%04x\n", k.name, static_cast<double>(values[i]),
+                  kTypes[static_cast<int>(type)], found.halves[i], expected);
+      std::exit(1);
+    }
+  }
+}
+
+// Of all magnitudes.
+void check_activations(const Kernels& k) {
+  std::vector<float> values{0};
+  for (const float sign : {-1.0f, 1.0f})
+    for (float x = 1e-6f; x < 1e37f; x *= 1.01f) values.push_back(sign * x);
+  for (int i = 0; i <= static_cast<int>(Activation::silu); ++i) {
+    const Values found = stored(k, values, Type::f32, static_cast<Activation>(i));
+    for (size_t j = 0; j < values.size(); ++j) {
+      const double expected = activated(values[j], static_cast<Activation>(i));
+      if (std::fabs(found.floats[j] - expected) <= 1e-6 * std::max(1.0, std::fabs(expected))) continue;
+      std::printf("%s, %s of %.9g: found %.9g, expected %.9g\n", k.name, kActivations[i], static_cast<double>(values[j]),
+                  static_cast<double>(found.floats[j]), expected);
+      std::exit(1);
+    }
+  }
+}
+
 int run(int argc, char** argv) {
   const int64_t problems = argc > 1 ? std::atoll(argv[1]) : 1000;
   std::vector<const Kernels*> chosen;
@@ -531,7 +584,11 @@ int run(int argc, char** argv) {
     std::printf("of the named instruction sets, this CPU and build have: %s\n", names.c_str());
     return 1;
   }
-  for (const Kernels* k : chosen) check_to_float(*k);
+  for (const Kernels* k : chosen) {
+    check_to_float(*k);
+    check_from_float(*k);
+    check_activations(*k);
+  }
   for (int64_t number = 1; number <= problems; ++number) {
     const Problem p = make_problem(number);
     for (const Kernels* k : chosen) {
