@@ -49,7 +49,7 @@ struct Simd : Plain {
   static I power_of_two(I n) { return each<I>([=](int i) { return int32_t((uint32_t(n[i]) + 127) << 23); }); }
   static I low(I bytes) { return each<I>([=](int i) { return bytes[i] & 0x0f0f0f0f; }); }
   static I high(I bytes) { return each<I>([=](int i) { return (bytes[i] >> 4) & 0x0f0f0f0f; }); }
-  static int32_t sum(I v) { return v[0] + v[1] + v[2] + v[3]; }
+  static int32_t sum(I v) { return int32_t(uint32_t(v[0]) + uint32_t(v[1]) + uint32_t(v[2]) + uint32_t(v[3])); }
   static float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
   static F load_bf16(const uint16_t* p) { return each<F>([=](int i) { return float_of(uint32_t{p[i]} << 16); }); }
   template <int64_t Blocks> static F spread(F scale, int64_t first) { return all(scale[first]); }
@@ -80,10 +80,11 @@ template <int32_t Offset> struct Dot {
   static X four(const int8_t* p, int64_t) { return Simd::four(p); }
   static Acc step(Acc acc, Code w, X x) {
     return Simd::each<Acc>([&](int i) {
+      const int32_t codes = w[i], inputs = x[i];
       int8_t a[4], b[4];
-      std::memcpy(a, &w[i], 4);
-      std::memcpy(b, &x[i], 4);
-      return acc[i] + a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3];
+      std::memcpy(a, &codes, 4);
+      std::memcpy(b, &inputs, 4);
+      return int32_t(uint32_t(acc[i]) + uint32_t(a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + a[3] * b[3]));
     });
   }
   static Simd::I finish(Acc acc) { return acc; }
