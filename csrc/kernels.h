@@ -77,8 +77,9 @@ struct Kernels {
                    const void* next, int64_t next_bytes, const Output&);
 
   // Activations stay float: output channels [begin, end) for all rows of x [rows, columns], of which there are at most
-  // float_rows. `scratch` has float_scratch() floats.
+  // float_rows. `scratch` has float_scratch() floats. float_columns of the channels are made float together.
   int64_t float_rows;
+  int64_t float_columns;
   void (*linear_float)(const Weight&, const float* x, int64_t rows, int64_t begin, int64_t end, float* scratch,
                        const Output&);
   int64_t (*float_scratch)();

@@ -19,7 +19,7 @@ constexpr int64_t kWaiting = 4; // so much more work is worth another thread whe
 
 const float* floats(Tensor& x, int64_t rows, int64_t columns, const char* what) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns,
-                  "fewbit: ", what, " must be float32 [", rows, ", ", columns, "].");
+                  "fewbit: ", what, " must be float32 [", rows, ", ", columns, "], found ", described(x), ".");
   x = torch::stable::contiguous(x);
   return static_cast<const float*>(x.const_data_ptr());
 }
@@ -106,6 +106,7 @@ Tensor scan(const Weight& w, Tensor gates, const Tensor& h, const float* bias, i
           cell(input + (first_row + row) * width, recurrent + row * width, row, first, last);
           std::copy(state + row * hidden + first, state + row * hidden + last, y + (first_row + row) * hidden + first);
         }
+        panel.release_if_large();
       });
     }
     if (!reverse) first_row += rows;
@@ -118,7 +119,8 @@ Tensor scan(const Weight& w, Tensor gates, const Tensor& h, const float* bias, i
 Weight recurrent_weight(const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& zero_point, int64_t gates,
                         const Tensor& h, int64_t bits, int64_t weight_group, int64_t input_group) {
   STD_TORCH_CHECK(h.dim() == 2 && packed.dim() == 2 && packed.size(0) == gates * h.size(1),
-                  "fewbit: packed must have ", gates, " rows for each hidden unit of h [rows, hidden units].");
+                  "fewbit: packed must have ", gates, " rows for each hidden unit of h [rows, hidden units], found ",
+                  described(packed), " and h ", described(h), ".");
   return weight_of(packed, scale, zero_point, h.size(1), bits, weight_group, input_group);
 }
 
@@ -131,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm(Tensor gates, Tensor h, Tensor c, Tensor
   float* h_data = static_cast<float*>(last_h.mutable_data_ptr());
   float* c_data = static_cast<float*>(last_c.mutable_data_ptr());
   std::optional<Tensor> keep;
-  const float* offsets = floats_of(bias, w.rows, "bias", keep);
+  const float* offsets = float_vector(bias, w.rows, "bias", keep);
   const auto cell = [&](const float* input, const float* recurrent, int64_t row, int64_t begin, int64_t end) {
     kernels().lstm(input, recurrent, hidden, begin, end, h_data + row * hidden, c_data + row * hidden);
   };
@@ -146,7 +148,7 @@ std::tuple<Tensor, Tensor> gru(Tensor gates, Tensor h, Tensor packed, Tensor sca
   Tensor last = state_of(h, h.size(0), hidden, "h");
   float* data = static_cast<float*>(last.mutable_data_ptr());
   std::optional<Tensor> keep;
-  const float* offsets = floats_of(bias, w.rows, "bias", keep);
+  const float* offsets = float_vector(bias, w.rows, "bias", keep);
   const auto cell = [&](const float* input, const float* recurrent, int64_t row, int64_t begin, int64_t end) {
     kernels().gru(input, recurrent, hidden, begin, end, data + row * hidden);
   };

@@ -7,8 +7,8 @@ namespace fewbit {
 namespace {
 
 constexpr Kernels table(const char* name) {
-  return {name,       kColumns,     kRowsAtMost,   quantize,   code_bytes, starts,           gemv, panel_bytes, pack, multiply,
-          kFloatRows, linear_float, float_scratch, finish_row, rows,       convert_to_float, lstm, gru};
+  return {name,       kColumns,      kRowsAtMost,  quantize,      code_bytes, starts, gemv,             panel_bytes, pack, multiply,
+          kFloatRows, kFloatColumns, linear_float, float_scratch, finish_row, rows,   convert_to_float, lstm,        gru};
 }
 
 } // namespace

@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "kernels.h"
 
@@ -44,6 +45,9 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// As error messages have it: float32 [2, 3].
+std::string described(const Tensor& x);
+
 Type type_of(const Tensor& x, const char* what);
 
 // The weight in its stored layout; `group` 0: one scale a row. `input_group` is that of the activations (0: none).
@@ -51,7 +55,7 @@ Weight weight_of(const Tensor& packed, const Tensor& scale, const std::optional<
                  int64_t bits, int64_t group, int64_t input_group);
 
 // float32 values of an optional vector; `keep` holds what had to be converted.
-const float* floats_of(const std::optional<Tensor>& x, int64_t size, const char* what, std::optional<Tensor>& keep);
+const float* float_vector(const std::optional<Tensor>& x, int64_t size, const char* what, std::optional<Tensor>& keep);
 
 // Activations [rows, columns] of `type` quantized, and all that products with them need; memory from `scratch`.
 Quantized quantized_buffers(const Weight&, int64_t rows, Scratch& scratch);
@@ -69,8 +73,5 @@ template <class F> void in_parallel(int64_t count, int64_t work, const F& f) {
     torch::stable::parallel_for(0, count, ceil_div(count, threads), f);
   }
 }
-
-// y = activation(x W^T + bias) for rows [rows, columns] of `type`.
-void multiply_rows(const Weight&, const void* x, Type type, int64_t rows, int64_t input_group, const Output&);
 
 } // namespace fewbit
