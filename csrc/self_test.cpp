@@ -7,7 +7,7 @@ namespace fewbit {
 
 namespace {
 
-// All products of a problem whose scales are 1, so that every output is an exact integer.
+// All products of a problem whose scales are small integers, so that every output is an exact one.
 std::vector<float> outputs(const Kernels& k, const Weight& w, int64_t input_group, const std::vector<float>& x, int64_t rows) {
   const int64_t stride = k.code_bytes(w), starts = k.starts(w);
   std::vector<int8_t> codes(rows * stride);
@@ -33,9 +33,10 @@ std::vector<float> outputs(const Kernels& k, const Weight& w, int64_t input_grou
 } // namespace
 
 bool agree(const Kernels& kernels, const Kernels& reference) {
-  // 17 groups: more than the scales of any vector. Sums are at most what float32 has exactly.
-  constexpr int64_t kRows = 36, kColumns = 516, kGroup = 32;
-  static_assert(255 * 127 * kColumns < 1 << 24);
+  // 17 groups: more than the scales of any vector. Float32 has sums exactly, those of 4 bits also if they are scaled and
+  // what raises codes is added and taken away again.
+  constexpr int64_t kRows = 36, kColumns = 516, kGroup = 32, kScales = 8;
+  static_assert(255 * 127 * kColumns < 1 << 24 && 2 * 15 * 127 * kColumns * kScales < 1 << 24);
   for (const int bits : {8, 4}) {
     Weight w;
     w.rows = kRows;
@@ -51,9 +52,11 @@ bool agree(const Kernels& kernels, const Kernels& reference) {
         codes[n * w.row_bytes + i] = kinds[n % 4];
       }
     w.codes = codes.data();
-    std::vector<float> ones(kRows * ceil_div(kColumns, kGroup), 1.0f);
-    std::vector<int8_t> zeros(ones.size(), bits == 8 ? -128 : 7);
-    w.scale = ones.data();
+    std::vector<float> scale(kRows * ceil_div(kColumns, kGroup), 1.0f);
+    if (bits == 4)
+      for (size_t i = 0; i < scale.size(); ++i) scale[i] = static_cast<float>(1 + i * 3 % kScales);
+    std::vector<int8_t> zeros(scale.size(), bits == 8 ? -128 : 7);
+    w.scale = scale.data();
     w.scale_type = Type::f32;
     for (const int64_t group : {int64_t{0}, kGroup})
       for (const bool symmetric : {true, false})
@@ -66,7 +69,7 @@ bool agree(const Kernels& kernels, const Kernels& reference) {
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t k = 0; k < kColumns; ++k) {
               const float kinds[] = {127.0f, -127.0f, k % 2 ? 127.0f : -127.0f};
-              x[r * kColumns + k] = k % 32 == 31 ? 127.0f : kinds[r % 3]; // the scale of every group is 1
+              x[r * kColumns + k] = k % 32 == 31 ? 127.0f : kinds[r % 3]; // the scale of every group of x is 1
             }
           if (outputs(kernels, w, group, x, rows) != outputs(reference, w, group, x, rows)) return false;
         }
