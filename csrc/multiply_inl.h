@@ -411,12 +411,13 @@ __attribute__((always_inline)) inline typename Simd::I products(typename Simd::I
   }
 }
 
-inline typename Simd::I load_up_to(const uint8_t* p, int64_t bytes) {
+inline typename Simd::I load_up_to(const uint8_t* p, int64_t bytes, int64_t ahead) {
+  __builtin_prefetch(p + ahead, 0, 2);
   return bytes >= Simd::kBytes ? Simd::load(p) : Simd::load_part(p, bytes);
 }
 
 // How far ahead of a byte of N rows the memory is asked for: at the same place of the next N rows.
-template <int N> inline int64_t ahead_of(const Weight& w) { return N * w.row_bytes < 4096 ? 4096 : N * w.row_bytes; }
+template <int N> inline int64_t ahead_of(const Weight& w) { return N * w.row_bytes < 16384 ? 16384 : N * w.row_bytes; }
 
 // Rows [n, n + N) of the weight, columns [begin, end): whole vectors, or up to the end of the row.
 template <class D, int B, int R, int N>
@@ -449,7 +450,7 @@ __attribute__((always_inline)) inline void sum_run(const Weight& w, const Quanti
   }
   if (k < end) {
     typename Simd::I bytes[N];
-    for (int i = 0; i < N; ++i) bytes[i] = load_up_to(codes + i * w.row_bytes + k * B / 8, w.row_bytes - k * B / 8);
+    for (int i = 0; i < N; ++i) bytes[i] = load_up_to(codes + i * w.row_bytes + k * B / 8, w.row_bytes - k * B / 8, ahead);
     add(bytes, k);
   }
 }
@@ -536,7 +537,7 @@ void dot_blocks(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
       const int64_t place = (n + i) * w.groups + g;
-      __builtin_prefetch(static_cast<const uint8_t*>(w.scale) + (place + N * w.groups) * (wide ? 4 : 2), 0, 2);
+      __builtin_prefetch(static_cast<const uint8_t*>(w.scale) + (place + ahead * 8 / (B * kBlock)) * (wide ? 4 : 2), 0, 2);
       const typename Simd::F b = wide ? Simd::load(static_cast<const float*>(w.scale) + place)
                                       : Simd::load_bf16(static_cast<const uint16_t*>(w.scale) + place);
 #pragma GCC unroll 4
@@ -568,7 +569,7 @@ void dot_blocks(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N
     for (int64_t k = begin, block = missing; k < w.columns; k += kStep, block += kStep / kBlock) {
       typename Simd::I bytes[N];
 #pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) bytes[i] = load_up_to(codes + i * w.row_bytes + k * B / 8, w.row_bytes - k * B / 8);
+      for (int i = 0; i < N; ++i) bytes[i] = load_up_to(codes + i * w.row_bytes + k * B / 8, w.row_bytes - k * B / 8, ahead);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const typename Simd::I start = Simd::load(in.starts + r * in.starts_stride + k / kStep * kLanes);
@@ -592,14 +593,14 @@ template <class D, int B, int R> void dot_any_groups(const Weight& w, const Quan
   constexpr int64_t kStep = Simd::kBytes * 8 / B;
   constexpr int64_t kLanesOfBlock = kLanes * kBlock / kStep;
   const uint8_t* codes = w.codes + n * w.row_bytes;
-  const int64_t plane = plane_of(w), per_group = w.group / kBlock;
+  const int64_t plane = plane_of(w), per_group = w.group / kBlock, ahead = ahead_of<1>(w);
   for (int r = 0; r < R; ++r) sums[r] = 0;
-  int32_t sum[R] = {}; // of the group so far
+  uint32_t sum[R] = {}; // of the group so far; may wrap around to what fits
   int64_t g = 0, left = per_group;
   const auto finish = [&] {
     const float scale = weight_scale(w, n, g);
     for (int r = 0; r < R; ++r) {
-      const uint32_t exact = static_cast<uint32_t>(sum[r]) + static_cast<uint32_t>(correction<D>(w, in, n, r, g));
+      const uint32_t exact = sum[r] + static_cast<uint32_t>(correction<D>(w, in, n, r, g));
       sums[r] += static_cast<float>(static_cast<int32_t>(exact)) * (in.scale[r * w.groups + g] * scale);
       sum[r] = 0;
     }
@@ -607,13 +608,13 @@ template <class D, int B, int R> void dot_any_groups(const Weight& w, const Quan
     left = per_group;
   };
   for (int64_t k = 0; k < w.columns; k += kStep) {
-    const typename Simd::I bytes = load_up_to(codes + k * B / 8, w.row_bytes - k * B / 8);
+    const typename Simd::I bytes = load_up_to(codes + k * B / 8, w.row_bytes - k * B / 8, ahead);
     alignas(64) int32_t lanes[R][kLanes];
     for (int r = 0; r < R; ++r)
       Simd::store(lanes[r], products<D, B>(Simd::zero(), bytes, in.codes + r * in.stride + k, plane));
     for (int64_t lane = 0; lane < kLanes && k + lane * (kStep / kLanes) < w.columns; lane += kLanesOfBlock) {
       for (int r = 0; r < R; ++r)
-        for (int64_t i = 0; i < kLanesOfBlock; ++i) sum[r] += lanes[r][lane + i];
+        for (int64_t i = 0; i < kLanesOfBlock; ++i) sum[r] += static_cast<uint32_t>(lanes[r][lane + i]);
       if (--left == 0) finish();
     }
   }
