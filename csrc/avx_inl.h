@@ -38,24 +38,32 @@ struct AvxBlocks {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) _mm256_storeu_ps(out + 8 * i, _mm256_mul_ps(codes[i], _mm256_set1_ps(scale)));
   }
-  using FloatSum = __m256;
-  static FloatSum no_products() { return _mm256_setzero_ps(); }
-  static float sum_products(FloatSum v) {
+  struct FloatSum {
+    __m256 even, odd; // two, so that one product need not wait for the other
+  };
+  static FloatSum no_products() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static float sum_products(FloatSum v) { return sum_lanes(_mm256_add_ps(v.even, v.odd)); }
+  static FloatSum scaled(FloatSum products, float scale, FloatSum sum) {
+    const __m256 s = _mm256_set1_ps(scale);
+    return {_mm256_fmadd_ps(products.even, s, sum.even), _mm256_fmadd_ps(products.odd, s, sum.odd)};
+  }
+  template <int R>
+  static void add_products(FloatSum (&sums)[R], const uint8_t* bytes, int32_t zero_point, const float* x, int64_t stride) {
+    __m256 codes[4];
+    codes_to_float<8>(bytes, zero_point, codes);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const float* row = x + r * stride;
+      sums[r].even = _mm256_fmadd_ps(codes[0], _mm256_loadu_ps(row), sums[r].even);
+      sums[r].odd = _mm256_fmadd_ps(codes[1], _mm256_loadu_ps(row + 8), sums[r].odd);
+      sums[r].even = _mm256_fmadd_ps(codes[2], _mm256_loadu_ps(row + 16), sums[r].even);
+      sums[r].odd = _mm256_fmadd_ps(codes[3], _mm256_loadu_ps(row + 24), sums[r].odd);
+    }
+  }
+  static float sum_lanes(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-  }
-  static FloatSum scaled(FloatSum products, float scale, FloatSum sum) {
-    return _mm256_fmadd_ps(products, _mm256_set1_ps(scale), sum);
-  }
-  template <int B, int R>
-  static void add_products(FloatSum (&sums)[R], const uint8_t* bytes, int32_t zero_point, const float* x, int64_t stride) {
-    __m256 codes[4];
-    codes_to_float<B>(bytes, zero_point, codes);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[r] = _mm256_fmadd_ps(codes[i], _mm256_loadu_ps(x + r * stride + 8 * i), sums[r]);
   }
   using Most = __m256i;
   static Most most() { return _mm256_setzero_si256(); }
@@ -167,11 +175,16 @@ struct Avx : AvxBlocks {
   static I high(I bytes) { return _mm256_and_si256(_mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15)); }
 
   static int32_t sum(I v) { return sum_lanes(v); }
-  static float sum(F v) { return sum_products(v); }
+  static float sum(F v) { return sum_lanes(v); }
 
   static F load_bf16(const uint16_t* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  // The `Place`-th 4-bit code of each lane, -8 to 7.
+  template <int64_t Place> static F nibble(I v) {
+    const I top = _mm256_slli_epi32(_mm256_xor_si256(v, _mm256_set1_epi32(static_cast<int>(0x88888888))), 28 - 4 * Place);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 28));
   }
   static I first_lane(int32_t v) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(v)); }
   // Of a vector of scales, one a block: those of `Blocks` blocks from `first` on, each in the lanes of its block.

@@ -9,6 +9,7 @@ namespace {
 constexpr int64_t kFloatColumns = 8;  // output channels that are made float together
 constexpr int64_t kFloatDepth = 512;  // columns of them at a time
 constexpr int64_t kFloatStride = kFloatDepth + 16; // so that they do not fight for the same places in the cache
+constexpr int64_t kFloatAhead = 16384; // bytes that memory is asked for before it is needed
 constexpr int64_t kFloatRows = 16;    // activation rows at most: for more, a float GEMM is better
 
 // value = (code - zero point) * scale, columns [begin, begin + count) of a row; begin is a multiple of kBlock.
@@ -65,8 +66,8 @@ inline void float_dot(const float* x, const float* weights, int64_t depth, float
   }
 }
 
-// Few rows: the codes meet the activations in registers.
-template <int B, int R> void float_row(const Weight& w, int64_t n, const float* x, float (&sums)[R]) {
+// Few rows: the codes meet the activations in registers. 8 bits:
+template <int R> void float_row(const Weight& w, int64_t n, const float* x, float (&sums)[R]) {
   const uint8_t* bytes = w.codes + n * w.row_bytes;
   typename Simd::FloatSum total[R];
   for (int r = 0; r < R; ++r) total[r] = Simd::no_products();
@@ -76,15 +77,15 @@ template <int B, int R> void float_row(const Weight& w, int64_t n, const float* 
     typename Simd::FloatSum products[R];
     for (int r = 0; r < R; ++r) products[r] = Simd::no_products();
     for (; k + kBlock <= end; k += kBlock) {
-      __builtin_prefetch(bytes + k * B / 8 + 4096, 0, 2);
-      Simd::template add_products<B, R>(products, bytes + k * B / 8, z, x + k, w.columns);
+      __builtin_prefetch(bytes + k + kFloatAhead, 0, 2);
+      Simd::add_products(products, bytes + k, z, x + k, w.columns);
     }
     if (k < end) { // the end of the row, filled up with zeros
       uint8_t codes[kBlock] = {};
       float rest[R][kBlock] = {};
-      std::memcpy(codes, bytes + k * B / 8, w.row_bytes - k * B / 8);
+      std::memcpy(codes, bytes + k, w.row_bytes - k);
       for (int r = 0; r < R; ++r) std::memcpy(rest[r], x + r * w.columns + k, (end - k) * sizeof(float));
-      Simd::template add_products<B, R>(products, codes, z, &rest[0][0], kBlock);
+      Simd::add_products(products, codes, z, &rest[0][0], kBlock);
       k = end;
     }
     for (int r = 0; r < R; ++r) total[r] = Simd::scaled(products[r], weight_scale(w, n, g), total[r]);
@@ -92,10 +93,80 @@ template <int B, int R> void float_row(const Weight& w, int64_t n, const float* 
   for (int r = 0; r < R; ++r) sums[r] = Simd::sum_products(total[r]);
 }
 
+// 4 bits: of a vector of codes each lane has eight neighbours, so the activations lie as [vectors][8][kLanes], zeros after
+// their end.
+constexpr int64_t kNibbles = 8 * kLanes; // in a vector
+
+inline void spread_out(const float* x, int64_t columns, float* out) {
+  for (int64_t k = 0; k < columns; k += kNibbles)
+    for (int64_t i = 0; i < 8; ++i)
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t column = k + lane * 8 + i;
+        *out++ = column < columns ? x[column] : 0.0f;
+      }
+}
+
+// Of the groups that kNibbles columns from k on are in, the scale or the zero point, each in its lanes.
+template <class Value> inline Floats lanes_of(const Weight& w, int64_t k, const Value& value) {
+  if (w.group % kNibbles == 0) return Simd::all(static_cast<float>(value(k / w.group)));
+  alignas(64) float lanes[kLanes];
+  for (int64_t lane = 0; lane < kLanes; lane += kBlock / 8) {
+    const int64_t column = k + lane * 8 < w.columns ? k + lane * 8 : w.columns - 1; // beyond them activations are 0
+    const float v = static_cast<float>(value(column / w.group));
+    for (int64_t i = 0; i < kBlock / 8; ++i) lanes[lane + i] = v;
+  }
+  return Simd::load(lanes);
+}
+
+template <int R, bool Z> void nibble_row(const Weight& w, int64_t n, const float* x, int64_t stride, float (&sums)[R]) {
+  constexpr int64_t kBlocks = kNibbles / kBlock; // in a vector
+  const uint8_t* bytes = w.codes + n * w.row_bytes;
+  const bool blocks = w.group == kBlock && w.scale_stride > 1;
+  const int64_t readable = w.rows * w.groups - n * w.groups - kLanes; // the last group that starts a vector of scales
+  Floats total[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) total[r] = Simd::all(0.0f);
+  for (int64_t k = 0; k < w.columns; k += kNibbles, x += 8 * kLanes) {
+    const typename Simd::I codes = load_up_to(bytes + k / 2, w.row_bytes - k / 2, kFloatAhead);
+    Floats zero = Simd::all(0.0f);
+    if (Z) zero = lanes_of(w, k, [&](int64_t g) { return zero_point(w, n, g); });
+    Floats products[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) products[r] = Simd::all(0.0f);
+    for_each_of<8>([&](auto i) __attribute__((always_inline)) {
+      Floats code = Simd::template nibble<decltype(i)::value>(codes);
+      if (Z) code -= zero;
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r)
+        products[r] = Simd::fma(code, Simd::load(x + r * stride + decltype(i)::value * kLanes), products[r]);
+    });
+    Floats scale;
+    if (blocks && k / kBlock <= readable) {
+      const int64_t place = n * w.groups + k / kBlock, ahead = kFloatAhead / (kBlock / 2);
+      const float* wide = static_cast<const float*>(w.scale) + place;
+      const uint16_t* narrow = static_cast<const uint16_t*>(w.scale) + place;
+      const bool is_wide = w.scale_type == Type::f32;
+      __builtin_prefetch(is_wide ? static_cast<const void*>(wide + ahead) : narrow + ahead, 0, 2);
+      scale = Simd::template spread<kBlocks>(is_wide ? Simd::load(wide) : Simd::load_bf16(narrow), 0);
+    } else {
+      scale = lanes_of(w, k, [&](int64_t g) { return weight_scale(w, n, g); });
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) total[r] = Simd::fma(products[r], scale, total[r]);
+  }
+  for (int r = 0; r < R; ++r) sums[r] = Simd::sum(total[r]);
+}
+
 template <int B, int R>
 void float_rows(const Weight& w, const float* x, int64_t rows, int64_t begin, int64_t end, const Output& y) {
   if constexpr (R > 1) {
     if (rows < R) return float_rows<B, R - 1>(w, x, rows, begin, end, y);
+  }
+  const int64_t stride = round_up(w.columns, kNibbles);
+  if (B == 4) {
+    float* activations = row_scratch(R * stride);
+    for (int r = 0; r < R; ++r) spread_out(x + r * w.columns, w.columns, activations + r * stride);
+    x = activations;
   }
   constexpr int64_t kChunk = 64; // output channels that are finished together
   float out[R][kChunk];
@@ -103,7 +174,13 @@ void float_rows(const Weight& w, const float* x, int64_t rows, int64_t begin, in
     const int64_t count = end - first < kChunk ? end - first : kChunk;
     for (int64_t i = 0; i < count; ++i) {
       float sums[R];
-      float_row<B, R>(w, first + i, x, sums);
+      if constexpr (B == 8) {
+        float_row<R>(w, first + i, x, sums);
+      } else if (w.zero_point) {
+        nibble_row<R, true>(w, first + i, x, stride, sums);
+      } else {
+        nibble_row<R, false>(w, first + i, x, stride, sums);
+      }
       for (int r = 0; r < R; ++r) out[r][i] = sums[r];
     }
     for (int r = 0; r < R; ++r) finish_row(out[r], count, y, r, first);

@@ -37,8 +37,12 @@ struct Neon : Plain {
   static int32_t sum(I v) { return vaddvq_s32(v); }
   static float sum(F v) { return vaddvq_f32(v); }
 
+  template <int64_t Place> static F nibble(I v) {
+    const I top = vshlq_n_s32(veorq_s32(v, vdupq_n_s32(static_cast<int>(0x88888888))), 28 - 4 * Place);
+    return vcvtq_f32_s32(vshrq_n_s32(top, 28));
+  }
   static I first_lane(int32_t v) { return vsetq_lane_s32(v, zero(), 0); }
-  template <int64_t Blocks, int64_t I> static F spread(F scale) { return vdupq_laneq_f32(scale, I); }
+  template <int64_t Blocks> static F spread(F scale, int64_t) { return vdupq_laneq_f32(scale, 0); } // one block a vector
   static F load_bf16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 
   // kBlock columns of a row, one code to a byte: for 4 bits low halves, then high halves.

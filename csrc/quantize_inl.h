@@ -126,10 +126,10 @@ struct Plain {
     for (int i = 0; i < 8; ++i) sum.lanes[i] += products.lanes[i] * scale;
     return sum;
   }
-  template <int B, int R>
+  template <int R>
   static void add_products(FloatSum (&sums)[R], const uint8_t* bytes, int32_t zero_point, const float* x, int64_t stride) {
     float codes[kBlock];
-    block_to_float<B>(bytes, zero_point, 1.0f, codes);
+    block_to_float<8>(bytes, zero_point, 1.0f, codes);
     for (int r = 0; r < R; ++r)
       for (int64_t i = 0; i < kBlock; ++i) sums[r].lanes[i % 8] += codes[i] * x[r * stride + i];
   }
