@@ -89,7 +89,7 @@ Weight weight_of(const Tensor& packed, const Tensor& scale, const std::optional<
 const float* float_vector(const std::optional<Tensor>& x, int64_t size, const char* what, std::optional<Tensor>& keep) {
   if (!x) return nullptr;
   STD_TORCH_CHECK(x->dim() == 1 && x->size(0) == size, "fewbit: ", what, " must be [", size, "], found ", described(*x), ".");
-  keep = torch::stable::contiguous(x->scalar_type() == ScalarType::Float ? *x : torch::stable::to(*x, ScalarType::Float));
+  keep = contiguous_of(x->scalar_type() == ScalarType::Float ? *x : torch::stable::to(*x, ScalarType::Float));
   return static_cast<const float*>(keep->const_data_ptr());
 }
 
@@ -164,8 +164,8 @@ Tensor linear_dynamic(Tensor x, Tensor packed, Tensor scale, std::optional<Tenso
                       int64_t in_features, int64_t bits, int64_t weight_group, int64_t input_group, int64_t activation) {
   const Weight w = weight_of(packed, scale, zero_point, in_features, bits, weight_group, input_group);
   const Type type = type_of(x, "x");
-  x = torch::stable::contiguous(x);
-  Tensor y = torch::stable::new_empty(x, output_shape(x, w));
+  x = contiguous_of(x);
+  Tensor y = new_tensor(output_shape(x, w), x.scalar_type());
   std::optional<Tensor> keep;
   const Output out = output_of(y, w, type, float_vector(bias, w.rows, "bias", keep), activation);
   const int64_t rows = w.rows == 0 ? 0 : y.numel() / w.rows;
@@ -195,8 +195,8 @@ Tensor linear_weight_only(Tensor x, Tensor packed, Tensor scale, std::optional<T
                           int64_t activation) {
   const Weight w = weight_of(packed, scale, zero_point, in_features, bits, weight_group, 0);
   const Type type = type_of(x, "x");
-  x = torch::stable::contiguous(x);
-  Tensor y = torch::stable::new_empty(x, output_shape(x, w));
+  x = contiguous_of(x);
+  Tensor y = new_tensor(output_shape(x, w), x.scalar_type());
   std::optional<Tensor> keep;
   const Output out = output_of(y, w, type, float_vector(bias, w.rows, "bias", keep), activation);
   const int64_t rows = w.rows == 0 ? 0 : y.numel() / w.rows;
@@ -214,7 +214,7 @@ Tensor linear_weight_only(Tensor x, Tensor packed, Tensor scale, std::optional<T
   for (int64_t first = 0; first < w.rows; first += piece) {
     const int64_t count = std::min(piece, w.rows - first);
     for (int64_t i = 0; i < count; ++i) channels[i] = first + i;
-    Tensor part = torch::stable::new_empty(rows_of_x, {count, w.columns});
+    Tensor part = new_tensor({count, w.columns}, ScalarType::Float);
     float* values = static_cast<float*>(part.mutable_data_ptr());
     in_parallel(count, count * w.columns * 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) k.rows(w, channels.data() + i, 0, 1, values + i * w.columns);
@@ -235,7 +235,7 @@ Tensor linear_weight_only(Tensor x, Tensor packed, Tensor scale, std::optional<T
 Tensor embedding(Tensor indices, Tensor packed, Tensor scale, std::optional<Tensor> zero_point, int64_t columns,
                  int64_t bits, int64_t group) {
   const Weight w = weight_of(packed, scale, zero_point, columns, bits, group, 0);
-  indices = torch::stable::contiguous(
+  indices = contiguous_of(
       indices.scalar_type() == ScalarType::Long ? indices : torch::stable::to(indices, ScalarType::Long));
   const int64_t* index = static_cast<const int64_t*>(indices.const_data_ptr());
   const int64_t count = indices.numel();
@@ -244,7 +244,7 @@ Tensor embedding(Tensor indices, Tensor packed, Tensor scale, std::optional<Tens
                           w.rows, " rows.");
   std::vector<int64_t> shape(indices.sizes().begin(), indices.sizes().end());
   shape.push_back(columns);
-  Tensor y = torch::stable::new_empty(indices, shape, ScalarType::Float);
+  Tensor y = new_tensor(shape, ScalarType::Float);
   float* out = static_cast<float*>(y.mutable_data_ptr());
   const Kernels& k = kernels(); // not in a thread, of which torch would not pass on the error
   in_parallel(count, count * columns, [&](int64_t begin, int64_t end) { k.rows(w, index, begin, end, out); });

@@ -20,14 +20,14 @@ constexpr int64_t kWaiting = 4; // so much more work is worth another thread whe
 const float* floats(Tensor& x, int64_t rows, int64_t columns, const char* what) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.dim() == 2 && x.size(0) == rows && x.size(1) == columns,
                   "fewbit: ", what, " must be float32 [", rows, ", ", columns, "], found ", described(x), ".");
-  x = torch::stable::contiguous(x);
+  x = contiguous_of(x);
   return static_cast<const float*>(x.const_data_ptr());
 }
 
 // A state that the steps change in place: a copy of the initial one.
 Tensor state_of(Tensor initial, int64_t rows, int64_t columns, const char* what) {
   const float* from = floats(initial, rows, columns, what);
-  Tensor state = torch::stable::new_empty(initial, {rows, columns});
+  Tensor state = new_tensor({rows, columns}, ScalarType::Float);
   std::copy_n(from, rows * columns, static_cast<float*>(state.mutable_data_ptr()));
   return state;
 }
@@ -56,7 +56,7 @@ Tensor scan(const Weight& w, Tensor gates, const Tensor& h, const float* bias, i
     STD_TORCH_CHECK(size >= 0 && size <= h.size(0), "fewbit: sizes must be 0 to ", h.size(0), ", found ", size, ".");
   const float* input = floats(gates, total, width, "gates");
   const float* state = static_cast<const float*>(h.const_data_ptr());
-  Tensor outputs = torch::stable::new_empty(gates, {total, hidden});
+  Tensor outputs = new_tensor({total, hidden}, ScalarType::Float);
   float* y = static_cast<float*>(outputs.mutable_data_ptr());
   Weight gate[Gates];
   for (int g = 0; g < Gates; ++g) gate[g] = rows_of(w, g * hidden, hidden);

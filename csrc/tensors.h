@@ -6,9 +6,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
+#include <vector>
 #include <string>
 
 #include "kernels.h"
@@ -17,6 +19,19 @@ namespace fewbit {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The two things that every call needs, without the dispatcher's microseconds.
+inline Tensor contiguous_of(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
+inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), code,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
 
 // Memory that a thread keeps between calls, up to a limit.
 class Scratch {
