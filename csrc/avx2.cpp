@@ -7,7 +7,7 @@ namespace fewbit {
 namespace {
 
 struct Simd : Avx {
-  static constexpr int kPanelVectors = 2;
+  static constexpr int kPanelVectors = 4;
 };
 
 // Of an activation its magnitude and a mask of its sign. w ^ mask is w or -w - 1, which is off by the magnitude of each
@@ -15,7 +15,7 @@ struct Simd : Avx {
 // the multiplications.) At most 127 times -128 <= w ^ mask <= 127: two of these are within int16.
 struct Dot8 {
   static constexpr bool kWide = true;
-  static constexpr int kTileRows = 4;
+  static constexpr int kTileRows = 2;
   static constexpr int kUnit = 4;
   static constexpr int kPlanes = 2;
   static constexpr int32_t kOffset = 0;
@@ -38,7 +38,7 @@ using PanelDot8 = Dot8;
 
 struct Dot4 {
   static constexpr bool kWide = false;
-  static constexpr int kTileRows = 6;
+  static constexpr int kTileRows = 3;
   static constexpr int kUnit = 4;
   static constexpr int kPlanes = 1;
   static constexpr int32_t kOffset = 8;
