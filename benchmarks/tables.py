@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md",)
+DOCUMENTS = ("README.md", "BENCHMARKS.md")
 
 
 def accuracy(rows: list[dict[str, Any]]) -> list[list[str]]:

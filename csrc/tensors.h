@@ -23,13 +23,17 @@ using torch::stable::Tensor;
 // The two things that every call needs, without the dispatcher's microseconds.
 inline Tensor contiguous_of(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
+// `type`: one that Type has.
 inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), code,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
+                        : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()
+                                                       : aoti_torch_dtype_float16();
+  AtenTensorHandle made = nullptr;
+  const auto failed = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
+                                               aoti_torch_device_type_cpu(), 0, &made);
+  STD_TORCH_CHECK(!failed, "fewbit: no memory for the result.");
   return Tensor(made);
 }
 

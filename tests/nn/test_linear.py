@@ -157,3 +157,7 @@ def test_new_weights_are_used() -> None:
         assert torch.equal(torch.func.functional_call(first, second.state_dict(), (x,)), expected)
         first.load_state_dict(second.state_dict(), assign=True)
         assert torch.equal(first(x), expected)
+        # Scales of a dtype that no kernel takes.
+        half = {name: value.half() if name == "weight_scale" else value for name, value in second.state_dict().items()}
+        first.load_state_dict(half, assign=True)
+        torch.testing.assert_close(first(x), expected, rtol=1e-2, atol=1e-2)

@@ -169,10 +169,10 @@ def test_operators_do_what_the_steps_in_float64_do(cls: type[nn.Module], setting
 @pytest.mark.parametrize("scheme", DYNAMIC)
 @pytest.mark.parametrize(("cls", "settings"), OPERATOR_CASES)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch._dynamo does so
-@torch.no_grad()
 def test_exported_and_compiled_layers_call_an_operator_for_each_direction(
     cls: type[nn.Module], settings: dict[str, Any], scheme: str
 ) -> None:
+    """With gradients enabled, as they are where nobody says otherwise: biases want some."""
     layer, x = dynamic(cls, settings, scheme), torch.randn(5, 3, 24)
     count = settings.get("num_layers", 1) * (2 if settings.get("bidirectional") else 1)
     axis = 0 if settings.get("batch_first") else 1
@@ -183,7 +183,8 @@ def test_exported_and_compiled_layers_call_an_operator_for_each_direction(
         torch.testing.assert_close(exported.module()(inputs), layer(inputs), rtol=0, atol=0)
     torch.compiler.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
@@ -216,6 +217,15 @@ def test_dropout_between_layers_in_training_only() -> None:
     assert torch.equal(layer(x)[0], layer(x)[0])
     layer.train()
     assert not torch.equal(layer(x)[0], layer(x)[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_layers": 2, "bidirectional": True, "batch_first": True}])
+@pytest.mark.parametrize("cls", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
+@torch.no_grad()
+def test_an_empty_batch(cls: type[nn.Module], settings: dict[str, Any]) -> None:
+    module, layer = pair(cls, settings)
+    x = torch.empty((0, 5, 6) if settings else (5, 0, 6))
+    assert_close(layer(x), module(x))
 
 
 def test_wrong_shapes_are_refused() -> None:

@@ -45,6 +45,7 @@ INPUTS = {
     "channels": QuantSpec("int8", per_channel(-1)),
     "int4": QuantSpec("int4", PER_TOKEN),
     "nf4": QuantSpec("nf4", PER_TOKEN),
+    "bfloat16-scales": QuantSpec("int8", PER_TOKEN, scale_dtype="bfloat16"),
 }
 OTHER_WEIGHTS = {"int8-tensor", "int8-tensor-asymmetric", "int8-columns", "int8-groups-of-16", "int4-groups-of-16"}
 OTHER_WEIGHTS |= {"int4-two-level", "nf4-groups"}
@@ -325,6 +326,16 @@ def test_a_mixed_dtype_bias_and_autocast() -> None:
             torch.testing.assert_close(y, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_autocast_does_not_round_float_products(activation: str) -> None:
+    """Many rows go through torch's product of matrices."""
+    x, weight, bias = operands(WEIGHTS["int4-groups"], (17,))
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = linear(x.to(dtype), weight, bias, activation=activation)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear(x.to(dtype), weight, bias, activation=activation), expected)
+
+
 def test_views_are_like_copies() -> None:
     _, weight, bias = operands(WEIGHTS["int4-groups"])
     x = torch.randn(3, COLUMNS, 2).transpose(1, 2)[:, 1:]
@@ -390,6 +401,8 @@ def test_meta_tensors() -> None:
     for spec in (None, INPUTS["token"]):
         y = linear(torch.empty(2, 3, COLUMNS, device="meta"), weight, None, spec, activation="gelu")
         assert y.device.type == "meta" and y.shape == (2, 3, ROWS)
+        with pytest.raises(RuntimeError, match=r"x is on cpu, the weight on meta\. Load the weights"):
+            linear(torch.empty(2, 3, COLUMNS), weight, None, spec)
 
 
 @pytest.mark.parametrize("spec", [None, INPUTS["token"]], ids=["weight-only", "dynamic"])

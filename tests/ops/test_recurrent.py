@@ -251,6 +251,10 @@ def test_gradients_are_those_of_the_steps(cell: str, with_bias: bool, reverse: b
         recurrent(cell, gates, tuple(s.detach() for s in states), weight, None, spec, sizes, reverse)[0].sum(), gates
     )
     assert of_gates.shape == gates.shape
+    y, _ = recurrent(cell, gates, states, weight, bias, spec, sizes, reverse)
+    [slope] = torch.autograd.grad(y.square().sum(), gates, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
 
 
 @EVERY_CELL

@@ -135,6 +135,14 @@ def test_modules_under_two_names_and_in_lists() -> None:
         assert torch.equal(fused(x), model(x))
 
 
+def test_one_activation_under_two_names_that_follows_something_else_too() -> None:
+    act, layer = nn.ReLU(), nn.Linear(4, 4)
+    x = torch.randn(2, 4)
+    assert places_of(nn.Sequential(layer, act, nn.LayerNorm(4), act), x) == []
+    assert places_of(nn.Sequential(layer, act, layer, nn.LayerNorm(4)), x) == []
+    assert places_of(nn.Sequential(layer, act, layer, act), x) == [["0", "1", "relu"]]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -27,7 +27,8 @@ class Topology:
     """The operators of a model that own parameters, in order of execution, and which module feeds which.
 
     ``flows``: (a, b) if in the forward of module b something is read that was made in that of a, each the innermost one.
-    What comes from outside, goes out or happens in the model's own forward has the name "".
+    What comes from outside, goes out or happens in the model's own forward has the name ""; a module of several names has the
+    first of them.
     """
 
     calls: tuple[Call, ...]
@@ -67,7 +68,13 @@ def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if owner is not None:
             feeds = tuple(calls.get(user) for user in node.users)
             calls[node] = Call(_operator(node), owner, _is_alone(node, owner, owners), feeds)
-    flows = ((_module(node), _module(user)) for node in program.graph.nodes for user in node.users)
+    first_names = {module: name for name, module in model.named_modules()}
+    names = {name: first_names[module] for name, module in model.named_modules(remove_duplicate=False)}
+
+    def made_in(node: Node) -> str:
+        return names.get(_module(node), _module(node))
+
+    flows = ((made_in(node), made_in(user)) for node in program.graph.nodes for user in node.users)
     return Topology(tuple(reversed(calls.values())), frozenset(flows))
 
 

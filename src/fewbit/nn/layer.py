@@ -117,6 +117,10 @@ class QuantizedLayer(nn.Module):
         zero_point = None if spec.symmetric else self.get_buffer(f"{name}_zero_point")
         return QTensor(self.get_buffer(f"{name}_packed"), scale, zero_point, spec, shape)
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._prepare()  # with assign=True dtypes may be others
+
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
         # model.half() and .to(torch.bfloat16) are for what is float by nature: scales are part of the codes' meaning.
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

@@ -67,8 +67,8 @@ class Recurrent(QuantizedLayer):
         if hx is not None and not batched:
             hx = tuple(s.unsqueeze(1) for s in hx) if isinstance(hx, tuple) else hx.unsqueeze(1)
         states = self._initial(hx, x, batch, None)
-        y, states = self._layers(steps.reshape(length * batch, -1), [batch] * length, states)
-        y = y.reshape(length, batch, -1)
+        y, states = self._layers(steps.flatten(0, 1), [batch] * length, states)
+        y = y.unflatten(0, (length, batch))
         if not batched:
             return y.squeeze(1), self._returned(tuple(s.squeeze(1) for s in states))
         return (y.transpose(0, 1) if self.batch_first else y), self._returned(states)

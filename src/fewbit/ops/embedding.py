@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbit.ops import native
-from fewbit.ops.linear import LIBRARY, TAGS, assembled, has_kernel, register
+from fewbit.ops.linear import LIBRARY, TAGS, assembled, has_kernel, register, same_device
 from fewbit.qtensor import QTensor, dequantize
 
 LIBRARY.define(
@@ -60,6 +60,7 @@ def _embedding(
 def _fake(
     indices: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, bits: int, group: int
 ) -> Tensor:
+    same_device(indices, packed)
     return indices.new_empty((*indices.shape, columns), dtype=torch.float32)
 
 

@@ -105,7 +105,8 @@ def has_kernel(weight: QTensor) -> bool:
 def is_dynamic_int8(spec: QuantSpec) -> bool:
     """Whether the operators quantize inputs as ``spec`` says."""
     by_row = spec.granularity.kind in ("token", "group") and spec.granularity.group_size % BLOCK == 0
-    return spec.format == "int8" and spec.symmetric and not spec.is_static and by_row and spec.scale is None
+    plain = spec.scale is None and spec.scale_dtype == "float32"
+    return spec.format == "int8" and spec.symmetric and not spec.is_static and by_row and plain
 
 
 def numbers_of(weight: QTensor, spec: QuantSpec | None, activation: str = "none") -> Numbers | None:
@@ -250,10 +251,26 @@ def _linear_weight_only(
     return _ACTIVATIONS[activation][0](y)
 
 
+def same_device(x: Tensor, packed: Tensor) -> None:
+    """For the fakes: a weight on meta is enough for torch to call them."""
+    if x.device != packed.device:
+        raise RuntimeError(f"fewbit: x is on {x.device}, the weight on {packed.device}. Load the weights, or move one.")
+
+
 def _fake(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Any, bias: Any, in_features: int, *_: Any) -> Tensor:
     _check(x, in_features)
+    same_device(x, packed)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 register("linear_dynamic", _linear_dynamic, _fake)
 register("linear_weight_only", _linear_weight_only, _fake)
+
+
+def _without_autocast(*arguments: Any) -> Tensor:
+    """The kernel calls torch's product of float matrices, which autocast would round."""
+    with torch.autocast("cpu", enabled=False):
+        return cast(Tensor, _weight_only(*arguments))
+
+
+LIBRARY.impl("linear_weight_only", _without_autocast, "AutocastCPU")

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fewbit.ops import native
 from fewbit.ops.linear import (
@@ -26,6 +27,7 @@ from fewbit.ops.linear import (
     linear,
     numbers_of,
     register,
+    same_device,
 )
 from fewbit.qtensor import QTensor
 from fewbit.spec import PER_TOKEN, QuantSpec
@@ -95,7 +97,8 @@ def call_recurrent(
 
 def _wants_gradients(gates: Tensor, states: States, bias: Tensor | None) -> bool:
     tensors = (bias, gates, *states)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return wanted and not torch.compiler.is_exporting()  # an exported model computes, and its graph stays one operator
 
 
 def product(x: Tensor, weight: QTensor | Tensor, bias: Tensor | None, spec: QuantSpec | None) -> Tensor:
@@ -166,6 +169,7 @@ class _Differentiable(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         packed, scale, zero_point, *floats = ctx.saved_tensors
         needed = ctx.needs_input_grad[-len(floats) :]
@@ -195,18 +199,19 @@ def _reference(cell: str, gates: Tensor, states: States, arguments: Sequence[Any
     return (y, *last)
 
 
-def _fake(gates: Tensor, states: States) -> tuple[Tensor, ...]:
+def _fake(gates: Tensor, states: States, packed: Tensor) -> tuple[Tensor, ...]:
+    same_device(gates, packed)
     return (gates.new_empty((gates.shape[0], states[0].shape[1])), *(state.new_empty(state.shape) for state in states))
 
 
 register(
     "lstm",
     lambda gates, h, c, *arguments: _reference("lstm", gates, (h, c), arguments),
-    lambda gates, h, c, *_: _fake(gates, (h, c)),
+    lambda gates, h, c, packed, *_: _fake(gates, (h, c), packed),
 )
 register(
     "gru",
     lambda gates, h, *arguments: _reference("gru", gates, (h,), arguments),
-    lambda gates, h, *_: _fake(gates, (h,)),
+    lambda gates, h, packed, *_: _fake(gates, (h,), packed),
 )
 _OPERATORS: dict[str, Any] = {"lstm": torch.ops.fewbit.lstm.default, "gru": torch.ops.fewbit.gru.default}

@@ -38,7 +38,7 @@ def find_activations(model: nn.Module, topology: Topology) -> list[tuple[str, st
 
     Nothing but the activation reads the layer's results, and it reads nothing but results of such layers.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(model.named_modules())
     found: list[tuple[str, str, str]] = []
     for name, module in modules.items():
         kind = _kind(module)
