@@ -1,7 +1,7 @@
 # make demo   set up .venv and run the main job on the embedded model and data: build/demo/report.html, answer.json
 # make test   set up .venv and run the tests            make test-all   with the slow ones
 # make check  format, lint, types                       make bench      measure everything; results in benchmarks/results
-# make docs   write the measured figures into README.md
+# make docs   write the measured figures into README.md and BENCHMARKS.md
 # make kernels  compile what has changed in csrc/; demo, test and bench do it by themselves
 
 PYTHON ?= python3

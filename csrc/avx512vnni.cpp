@@ -51,6 +51,10 @@ struct Simd : AvxBlocks {
     const F codes = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7); // its place is the low four bits
     return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * Place), codes);
   }
+  static F load_bf16(const uint16_t* p, int64_t count) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
   static I first_lane(int32_t v) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(v)); }
   template <int64_t Blocks> static F spread(F scale, int64_t first) {
     static_assert(Blocks == 2 || Blocks == 4);

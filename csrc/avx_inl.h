@@ -181,6 +181,15 @@ struct Avx : AvxBlocks {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
+  static F load_bf16(const uint16_t* p, int64_t count) { // fewer than a vector; zeros after them
+    const __m128i wanted = _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(count / 2)), _mm_setr_epi32(0, 1, 2, 3));
+    __m128i bits = _mm_maskload_epi32(reinterpret_cast<const int*>(p), wanted);
+    if (count % 2) {
+      const __m128i last = _mm_cmpeq_epi16(_mm_set1_epi16(static_cast<int16_t>(count - 1)), _mm_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7));
+      bits = _mm_or_si128(bits, _mm_and_si128(last, _mm_set1_epi16(static_cast<int16_t>(p[count - 1]))));
+    }
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
   // The `Place`-th 4-bit code of each lane, -8 to 7.
   template <int64_t Place> static F nibble(I v) {
     const I top = _mm256_slli_epi32(_mm256_xor_si256(v, _mm256_set1_epi32(static_cast<int>(0x88888888))), 28 - 4 * Place);

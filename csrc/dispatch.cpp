@@ -116,8 +116,8 @@ const Kernels& kernels() {
 
 float* row_scratch(int64_t count) {
   thread_local std::vector<float> row;
-  if (static_cast<int64_t>(row.size()) < count) row.resize(count);
-  return row.data();
+  if (static_cast<int64_t>(row.size()) < count + 16) row.resize(count + 16);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(row.data()) + 63) / 64 * 64); // for whole vectors
 }
 
 } // namespace fewbit

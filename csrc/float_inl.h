@@ -9,7 +9,6 @@ namespace {
 constexpr int64_t kFloatColumns = 8;  // output channels that are made float together
 constexpr int64_t kFloatDepth = 512;  // columns of them at a time
 constexpr int64_t kFloatStride = kFloatDepth + 16; // so that they do not fight for the same places in the cache
-constexpr int64_t kFloatAhead = 16384; // bytes that memory is asked for before it is needed
 constexpr int64_t kFloatRows = 16;    // activation rows at most: for more, a float GEMM is better
 
 // value = (code - zero point) * scale, columns [begin, begin + count) of a row; begin is a multiple of kBlock.
@@ -77,7 +76,7 @@ template <int R> void float_row(const Weight& w, int64_t n, const float* x, floa
     typename Simd::FloatSum products[R];
     for (int r = 0; r < R; ++r) products[r] = Simd::no_products();
     for (; k + kBlock <= end; k += kBlock) {
-      __builtin_prefetch(bytes + k + kFloatAhead, 0, 2);
+      __builtin_prefetch(bytes + k + kAhead, 0, 2);
       Simd::add_products(products, bytes + k, z, x + k, w.columns);
     }
     if (k < end) { // the end of the row, filled up with zeros
@@ -108,7 +107,7 @@ inline void spread_out(const float* x, int64_t columns, float* out) {
 
 // Of the groups that kNibbles columns from k on are in, the scale or the zero point, each in its lanes.
 template <class Value> inline Floats lanes_of(const Weight& w, int64_t k, const Value& value) {
-  if (w.group % kNibbles == 0) return Simd::all(static_cast<float>(value(k / w.group)));
+  if (w.groups == 1 || w.group % kNibbles == 0) return Simd::all(static_cast<float>(value(k / w.group)));
   alignas(64) float lanes[kLanes];
   for (int64_t lane = 0; lane < kLanes; lane += kBlock / 8) {
     const int64_t column = k + lane * 8 < w.columns ? k + lane * 8 : w.columns - 1; // beyond them activations are 0
@@ -122,12 +121,12 @@ template <int R, bool Z> void nibble_row(const Weight& w, int64_t n, const float
   constexpr int64_t kBlocks = kNibbles / kBlock; // in a vector
   const uint8_t* bytes = w.codes + n * w.row_bytes;
   const bool blocks = w.group == kBlock && w.scale_stride > 1;
-  const int64_t readable = w.rows * w.groups - n * w.groups - kLanes; // the last group that starts a vector of scales
   Floats total[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) total[r] = Simd::all(0.0f);
   for (int64_t k = 0; k < w.columns; k += kNibbles, x += 8 * kLanes) {
-    const typename Simd::I codes = load_up_to(bytes + k / 2, w.row_bytes - k / 2, kFloatAhead);
+    __builtin_prefetch(bytes + k / 2 + kAhead, 0, 2);
+    const typename Simd::I codes = load_up_to(bytes + k / 2, w.row_bytes - k / 2);
     Floats zero = Simd::all(0.0f);
     if (Z) zero = lanes_of(w, k, [&](int64_t g) { return zero_point(w, n, g); });
     Floats products[R];
@@ -141,13 +140,11 @@ template <int R, bool Z> void nibble_row(const Weight& w, int64_t n, const float
         products[r] = Simd::fma(code, Simd::load(x + r * stride + decltype(i)::value * kLanes), products[r]);
     });
     Floats scale;
-    if (blocks && k / kBlock <= readable) {
-      const int64_t place = n * w.groups + k / kBlock, ahead = kFloatAhead / (kBlock / 2);
-      const float* wide = static_cast<const float*>(w.scale) + place;
-      const uint16_t* narrow = static_cast<const uint16_t*>(w.scale) + place;
-      const bool is_wide = w.scale_type == Type::f32;
-      __builtin_prefetch(is_wide ? static_cast<const void*>(wide + ahead) : narrow + ahead, 0, 2);
-      scale = Simd::template spread<kBlocks>(is_wide ? Simd::load(wide) : Simd::load_bf16(narrow), 0);
+    if (blocks) {
+      const int64_t g = k / kBlock, place = n * w.groups + g, left = w.groups - g < kLanes ? w.groups - g : kLanes;
+      const int64_t ahead = (place + kAhead / (kBlock / 2)) * (w.scale_type == Type::f32 ? 4 : 2);
+      __builtin_prefetch(static_cast<const uint8_t*>(w.scale) + ahead, 0, 2);
+      scale = Simd::template spread<kBlocks>(scales_of(w, place, left), 0);
     } else {
       scale = lanes_of(w, k, [&](int64_t g) { return weight_scale(w, n, g); });
     }

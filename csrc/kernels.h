@@ -94,7 +94,7 @@ struct Kernels {
   void (*gru)(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h);
 };
 
-float* row_scratch(int64_t count); // this thread's, valid until its next call
+float* row_scratch(int64_t count); // this thread's, at a multiple of 64 bytes, valid until its next call
 
 const Kernels& kernels();                // the best that this CPU has, or what FEWBIT_ISA names
 std::vector<const Kernels*> available(); // all that it has, the best first

@@ -114,7 +114,7 @@ namespace {
 
 // y = activation(x W^T + bias) for rows [rows, columns] of `type`.
 void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int64_t input_group, const Output& y) {
-  thread_local Scratch activations, panels;
+  thread_local Scratch activations;
   const Kernels& k = kernels();
   const bool gemv = rows <= k.gemv_rows;
   const Quantized q = quantized_buffers(w, rows, activations);
@@ -132,6 +132,7 @@ void multiply_rows(const Weight& w, const void* x, Type type, int64_t rows, int6
     const int64_t wanted = std::max(ceil_div(rows * q.stride, kCached), ceil_div(4 * threads, panel_count));
     const int64_t share = ceil_div(rows, std::min(wanted, ceil_div(rows, kLeastRows)));
     in_parallel(panel_count * ceil_div(rows, share), work, [&](int64_t begin, int64_t end) {
+      thread_local Scratch panels; // here, so that each thread frees its own
       void* panel = panels.get(k.panel_bytes(w));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first = task % panel_count * k.panel_columns, top = task / panel_count * share;
@@ -175,7 +176,7 @@ Tensor linear_dynamic(Tensor x, Tensor packed, Tensor scale, std::optional<Tenso
 
 // The same with activations that stay float; at most float_rows rows.
 void linear_float(const Weight& w, const void* x, Type type, int64_t rows, const Output& y) {
-  thread_local Scratch scratch, converted;
+  thread_local Scratch converted;
   const Kernels& k = kernels();
   const float* values = static_cast<const float*>(x);
   if (type != Type::f32) {
@@ -184,6 +185,7 @@ void linear_float(const Weight& w, const void* x, Type type, int64_t rows, const
     values = floats;
   }
   in_parallel(ceil_div(w.rows, k.float_columns), rows * w.rows * w.columns, [&](int64_t begin, int64_t end) {
+    thread_local Scratch scratch;
     float* memory = static_cast<float*>(scratch.get(k.float_scratch() * sizeof(float)));
     k.linear_float(w, values, rows, begin * k.float_columns, std::min(end * k.float_columns, w.rows), memory, y);
   });
@@ -223,7 +225,7 @@ Tensor linear_weight_only(Tensor x, Tensor packed, Tensor scale, std::optional<T
     STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Float && sums.dim() == 2 && sums.size(0) == rows &&
                         sums.size(1) == count && sums.is_contiguous(),
                     "fewbit: the product of float32 matrices must be float32 [", rows, ", ", count, "], found ",
-                    described(sums), "; call the operator outside of autocast.");
+                    described(sums), ".");
     float* sum = static_cast<float*>(sums.mutable_data_ptr());
     in_parallel(rows, rows * count * 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) k.finish(sum + row * count, count, out, row, first);

@@ -32,7 +32,7 @@ namespace {
 
 constexpr int64_t kLanes = Simd::kBytes / 4;
 constexpr int64_t kColumns = kLanes * Simd::kPanelVectors;
-constexpr int64_t kRowsAtMost = 4; // of gemv
+constexpr int64_t kRowsAtMost = 4; // that are few: of gemv, and of float activations that meet codes in registers
 
 template <class D, class = void> constexpr bool kAdds = false;
 template <class D> constexpr bool kAdds<D, decltype(void(&D::template add<1>))> = true;
@@ -65,7 +65,7 @@ template <class D> constexpr bool starts_by_block() { return !D::kWide; }
 // Whether gemv takes groups of kBlock of which a vector has several.
 template <int B> constexpr bool kBlocksInVector = Simd::kBytes * 8 / B > kBlock;
 template <int B> bool in_blocks(const Weight& w) {
-  return kBlocksInVector<B> && w.group == kBlock && w.groups >= kLanes && !w.zero_point && w.scale_stride > 1;
+  return kBlocksInVector<B> && w.group == kBlock && !w.zero_point && w.scale_stride > 1;
 }
 
 // int32 a row: for panels a start for each group or block, for rows that are read as stored lanes of sums.
@@ -411,13 +411,13 @@ __attribute__((always_inline)) inline typename Simd::I products(typename Simd::I
   }
 }
 
-inline typename Simd::I load_up_to(const uint8_t* p, int64_t bytes, int64_t ahead) {
-  __builtin_prefetch(p + ahead, 0, 2);
+inline typename Simd::I load_up_to(const uint8_t* p, int64_t bytes) {
   return bytes >= Simd::kBytes ? Simd::load(p) : Simd::load_part(p, bytes);
 }
 
-// How far ahead of a byte of N rows the memory is asked for: at the same place of the next N rows.
-template <int N> inline int64_t ahead_of(const Weight& w) { return N * w.row_bytes < 16384 ? 16384 : N * w.row_bytes; }
+// How far ahead of a byte of N rows the memory is asked for: at the same place of the next N rows, or farther.
+constexpr int64_t kAhead = 16384;
+template <int N> inline int64_t ahead_of(const Weight& w) { return N * w.row_bytes < kAhead ? kAhead : N * w.row_bytes; }
 
 // Rows [n, n + N) of the weight, columns [begin, end): whole vectors, or up to the end of the row.
 template <class D, int B, int R, int N>
@@ -450,7 +450,11 @@ __attribute__((always_inline)) inline void sum_run(const Weight& w, const Quanti
   }
   if (k < end) {
     typename Simd::I bytes[N];
-    for (int i = 0; i < N; ++i) bytes[i] = load_up_to(codes + i * w.row_bytes + k * B / 8, w.row_bytes - k * B / 8, ahead);
+    for (int i = 0; i < N; ++i) {
+      const uint8_t* p = codes + i * w.row_bytes + k * B / 8;
+      __builtin_prefetch(p + ahead, 0, 2);
+      bytes[i] = load_up_to(p, w.row_bytes - k * B / 8);
+    }
     add(bytes, k);
   }
 }
@@ -503,6 +507,14 @@ void dot_long_groups(const Weight& w, const Quantized& in, int64_t n, float (&su
     for (int r = 0; r < R; ++r) sums[i][r] = Simd::sum(total[i][r]);
 }
 
+// The scales of `count` groups from `place` on, at most a vector of them; zeros after them.
+inline typename Simd::F scales_of(const Weight& w, int64_t place, int64_t count) {
+  if (w.scale_type == Type::f32)
+    return floats_of(load_up_to(static_cast<const uint8_t*>(w.scale) + place * 4, count * 4));
+  const uint16_t* from = static_cast<const uint16_t*>(w.scale) + place;
+  return count >= kLanes ? Simd::load_bf16(from) : Simd::load_bf16(from, count);
+}
+
 // Groups of kBlock, several in a vector: a run of kLanes of them at a time, whose scales fill a vector.
 template <class D, int B, int R, int N>
 void dot_blocks(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N][R]) {
@@ -538,8 +550,7 @@ void dot_blocks(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N
     for (int i = 0; i < N; ++i) {
       const int64_t place = (n + i) * w.groups + g;
       __builtin_prefetch(static_cast<const uint8_t*>(w.scale) + (place + ahead * 8 / (B * kBlock)) * (wide ? 4 : 2), 0, 2);
-      const typename Simd::F b = wide ? Simd::load(static_cast<const float*>(w.scale) + place)
-                                      : Simd::load_bf16(static_cast<const uint16_t*>(w.scale) + place);
+      const typename Simd::F b = scales_of(w, place, kLanes);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) scale[i][r] = Simd::times(b, Simd::load(in.scale + r * w.groups + g));
     }
@@ -555,21 +566,24 @@ void dot_blocks(const Weight& w, const Quantized& in, int64_t n, float (&sums)[N
       add(v, k, bytes, scale);
     });
   }
-  if (begin < w.columns) { // the rest: its scales are the last in vectors that end with the row
-    const int64_t missing = g + kLanes - w.groups, rest = g - missing;
+  if (begin < w.columns) { // the rest, in which a vector is not full of scales
+    const int64_t rest = w.groups - g;
     typename Simd::F scale[N][R];
 #pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) {
-      const int64_t place = (n + i) * w.groups + rest;
-      const typename Simd::F b = wide ? Simd::load(static_cast<const float*>(w.scale) + place)
-                                      : Simd::load_bf16(static_cast<const uint16_t*>(w.scale) + place);
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* from = reinterpret_cast<const uint8_t*>(in.scale + r * w.groups + g);
+      const typename Simd::F a = floats_of(load_up_to(from, rest * 4));
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) scale[i][r] = Simd::times(b, Simd::load(in.scale + r * w.groups + rest));
+      for (int i = 0; i < N; ++i) scale[i][r] = Simd::times(scales_of(w, (n + i) * w.groups + g, rest), a);
     }
-    for (int64_t k = begin, block = missing; k < w.columns; k += kStep, block += kStep / kBlock) {
+    for (int64_t k = begin, block = 0; k < w.columns; k += kStep, block += kStep / kBlock) {
       typename Simd::I bytes[N];
 #pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) bytes[i] = load_up_to(codes + i * w.row_bytes + k * B / 8, w.row_bytes - k * B / 8, ahead);
+      for (int i = 0; i < N; ++i) {
+        const uint8_t* p = codes + i * w.row_bytes + k * B / 8;
+        __builtin_prefetch(p + ahead, 0, 2);
+        bytes[i] = load_up_to(p, w.row_bytes - k * B / 8);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const typename Simd::I start = Simd::load(in.starts + r * in.starts_stride + k / kStep * kLanes);
@@ -608,7 +622,8 @@ template <class D, int B, int R> void dot_any_groups(const Weight& w, const Quan
     left = per_group;
   };
   for (int64_t k = 0; k < w.columns; k += kStep) {
-    const typename Simd::I bytes = load_up_to(codes + k * B / 8, w.row_bytes - k * B / 8, ahead);
+    __builtin_prefetch(codes + k * B / 8 + ahead, 0, 2);
+    const typename Simd::I bytes = load_up_to(codes + k * B / 8, w.row_bytes - k * B / 8);
     alignas(64) int32_t lanes[R][kLanes];
     for (int r = 0; r < R; ++r)
       Simd::store(lanes[r], products<D, B>(Simd::zero(), bytes, in.codes + r * in.stride + k, plane));

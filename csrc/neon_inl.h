@@ -37,6 +37,9 @@ struct Neon : Plain {
   static int32_t sum(I v) { return vaddvq_s32(v); }
   static float sum(F v) { return vaddvq_f32(v); }
 
+  static F load_bf16(const uint16_t* p, int64_t count) { // fewer than a vector; zeros after them
+    return vreinterpretq_f32_u32(vshll_n_u16(vreinterpret_u16_u8(vld1_u8(Filled<8>(p, count * 2).bytes)), 16));
+  }
   template <int64_t Place> static F nibble(I v) {
     const I top = vshlq_n_s32(veorq_s32(v, vdupq_n_s32(static_cast<int>(0x88888888))), 28 - 4 * Place);
     return vcvtq_f32_s32(vshrq_n_s32(top, 28));

@@ -34,7 +34,7 @@ inline float float_of_f16(uint16_t half) {
 // `count` bytes, filled up with zeros.
 template <int Bytes> struct Filled {
   alignas(Bytes) uint8_t bytes[Bytes] = {};
-  Filled(const uint8_t* p, int64_t count) { std::memcpy(bytes, p, count); }
+  Filled(const void* p, int64_t count) { std::memcpy(bytes, p, count); }
 };
 
 inline void convert_to_float(const void* x, Type type, int64_t count, float* out) {

@@ -48,7 +48,7 @@ Weight rows_of(Weight w, int64_t first, int64_t rows) {
 template <int Gates, class Cell>
 Tensor scan(const Weight& w, Tensor gates, const Tensor& h, const float* bias, int64_t input_group,
             const std::vector<int64_t>& sizes, bool reverse, const Cell& cell) {
-  thread_local Scratch codes, sums, panel;
+  thread_local Scratch codes, sums;
   const Kernels& k = kernels();
   const int64_t hidden = w.columns, width = Gates * hidden;
   const int64_t total = std::accumulate(sizes.begin(), sizes.end(), int64_t{0});
@@ -87,6 +87,7 @@ Tensor scan(const Weight& w, Tensor gates, const Tensor& h, const float* bias, i
       });
       float* recurrent = static_cast<float*>(sums.get(rows * width * sizeof(float)));
       in_parallel(blocks, rows * w.rows * w.columns / kWaiting, [&](int64_t begin, int64_t end) {
+        thread_local Scratch panel; // here, so that each thread frees its own
         const int64_t first = begin * k.panel_columns, last = std::min(end * k.panel_columns, hidden);
         for (int g = 0; g < Gates; ++g) {
           const Output out{recurrent + g * hidden, width, Type::f32, bias ? bias + g * hidden : nullptr, Activation::none};

@@ -53,6 +53,9 @@ struct Simd : Plain {
   static float sum(F v) { return (v[0] + v[1]) + (v[2] + v[3]); }
   static F load_bf16(const uint16_t* p) { return each<F>([=](int i) { return float_of(uint32_t{p[i]} << 16); }); }
   template <int64_t Blocks> static F spread(F scale, int64_t first) { return all(scale[first]); }
+  static F load_bf16(const uint16_t* p, int64_t count) { // fewer than a vector; zeros after them
+    return each<F>([=](int i) { return i < count ? float_of(uint32_t{p[i]} << 16) : 0.0f; });
+  }
   template <int64_t Place> static F nibble(I v) {
     return each<F>([=](int i) { return static_cast<float>(static_cast<int32_t>(uint32_t(v[i]) >> 4 * Place & 15) - 8); });
   }

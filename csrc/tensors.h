@@ -33,7 +33,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type) {
   AtenTensorHandle made = nullptr;
   const auto failed = aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(), dtype,
                                                aoti_torch_device_type_cpu(), 0, &made);
-  STD_TORCH_CHECK(!failed, "fewbit: no memory for the result.");
+  STD_TORCH_CHECK(!failed, "fewbit: torch could not allocate the result.");
   return Tensor(made);
 }
 

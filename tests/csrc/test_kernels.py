@@ -29,7 +29,7 @@ def need(*programs: str) -> None:
 
 def run(*command: str | Path) -> str:
     # GCC's bug 110027: with that check AddressSanitizer does not align vectors of 64 bytes.
-    environment = os.environ | {"ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+    environment = {"ASAN_OPTIONS": "detect_stack_use_after_return=0"} | os.environ
     output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     result = subprocess.run(command, **output, env=environment, check=False)
     assert result.returncode == 0, result.stdout[-4000:]

@@ -401,8 +401,17 @@ def test_meta_tensors() -> None:
     for spec in (None, INPUTS["token"]):
         y = linear(torch.empty(2, 3, COLUMNS, device="meta"), weight, None, spec, activation="gelu")
         assert y.device.type == "meta" and y.shape == (2, 3, ROWS)
-        with pytest.raises(RuntimeError, match=r"x is on cpu, the weight on meta\. Load the weights"):
+        with pytest.raises(RuntimeError, match=r"x is on cpu, a weight on meta\. Load the weights"):
             linear(torch.empty(2, 3, COLUMNS), weight, None, spec)
+
+
+@pytest.mark.parametrize("spec", [None, INPUTS["token"]], ids=["weight-only", "dynamic"])
+def test_one_operand_that_is_not_loaded(spec: QuantSpec | None) -> None:
+    x, weight, bias = operands(WEIGHTS["int8-rows"])
+    assert isinstance(weight.scale, Tensor)
+    for scale, offset in ((weight.scale.to("meta"), bias), (weight.scale, bias.to("meta"))):
+        with pytest.raises(RuntimeError, match=r"a weight on meta\. Load the weights"):
+            linear(x, QTensor(weight.packed, scale, None, weight.spec, weight.shape), offset, spec)
 
 
 @pytest.mark.parametrize("spec", [None, INPUTS["token"]], ids=["weight-only", "dynamic"])

@@ -27,8 +27,8 @@ class Topology:
     """The operators of a model that own parameters, in order of execution, and which module feeds which.
 
     ``flows``: (a, b) if in the forward of module b something is read that was made in that of a, each the innermost one.
-    What comes from outside, goes out or happens in the model's own forward has the name ""; a module of several names has the
-    first of them.
+    What comes from outside, goes out or happens in the model's own forward has the name ""; here a module of several names
+    has the first of them.
     """
 
     calls: tuple[Call, ...]

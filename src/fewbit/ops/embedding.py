@@ -60,7 +60,7 @@ def _embedding(
 def _fake(
     indices: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, columns: int, bits: int, group: int
 ) -> Tensor:
-    same_device(indices, packed)
+    same_device(indices, packed, scale, zero_point)
     return indices.new_empty((*indices.shape, columns), dtype=torch.float32)
 
 

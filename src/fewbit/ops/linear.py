@@ -251,15 +251,18 @@ def _linear_weight_only(
     return _ACTIVATIONS[activation][0](y)
 
 
-def same_device(x: Tensor, packed: Tensor) -> None:
-    """For the fakes: a weight on meta is enough for torch to call them."""
-    if x.device != packed.device:
-        raise RuntimeError(f"fewbit: x is on {x.device}, the weight on {packed.device}. Load the weights, or move one.")
+def same_device(x: Tensor, *others: Tensor | None) -> None:
+    """For the fakes: torch calls them as soon as one of the tensors is on meta."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                f"fewbit: x is on {x.device}, a weight on {other.device}. Load the weights, or move them."
+            )
 
 
 def _fake(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Any, bias: Any, in_features: int, *_: Any) -> Tensor:
     _check(x, in_features)
-    same_device(x, packed)
+    same_device(x, packed, scale, zero_point, bias)
     return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 

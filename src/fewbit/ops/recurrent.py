@@ -199,19 +199,19 @@ def _reference(cell: str, gates: Tensor, states: States, arguments: Sequence[Any
     return (y, *last)
 
 
-def _fake(gates: Tensor, states: States, packed: Tensor) -> tuple[Tensor, ...]:
-    same_device(gates, packed)
+def _fake(gates: Tensor, states: States, *weight: Tensor | None) -> tuple[Tensor, ...]:
+    same_device(gates, *states, *weight)
     return (gates.new_empty((gates.shape[0], states[0].shape[1])), *(state.new_empty(state.shape) for state in states))
 
 
 register(
     "lstm",
     lambda gates, h, c, *arguments: _reference("lstm", gates, (h, c), arguments),
-    lambda gates, h, c, packed, *_: _fake(gates, (h, c), packed),
+    lambda gates, h, c, *rest: _fake(gates, (h, c), *rest[:4]),
 )
 register(
     "gru",
     lambda gates, h, *arguments: _reference("gru", gates, (h,), arguments),
-    lambda gates, h, packed, *_: _fake(gates, (h,), packed),
+    lambda gates, h, *rest: _fake(gates, (h,), *rest[:4]),
 )
 _OPERATORS: dict[str, Any] = {"lstm": torch.ops.fewbit.lstm.default, "gru": torch.ops.fewbit.gru.default}
