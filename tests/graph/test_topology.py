@@ -91,3 +91,13 @@ def test_which_module_feeds_which() -> None:
     assert topology.sources("act.0") == {"a", "b"} and topology.readers("act.0") == {""}
     assert topology.readers("a") == topology.readers("b") == {"act.0"}
     assert "" in topology.sources("a")
+
+
+def test_a_module_of_two_names_has_the_first_and_may_feed_itself() -> None:
+    layer, act = nn.Linear(4, 4), nn.GELU()
+    topology = topology_of(nn.Sequential(layer, act, nn.LayerNorm(4), act, act), torch.randn(2, 4))
+    assert topology.sources("1") == {"0", "1", "2"} and topology.readers("1") == {"", "1", "2"}
+    assert topology.sources("3") == topology.readers("3") == set()
+    # What stays within one call does not count.
+    negative = nn.Sequential(nn.Linear(4, 4), nn.Softmin(-1))
+    assert topology_of(negative, torch.randn(2, 4)).sources("1") == {"0"}

@@ -81,6 +81,8 @@ NOT_FUSED: dict[str, Callable[[Pair, nn.Module, Tensor], Tensor]] = {
     "layer-called-twice": lambda m, act, x: act(m.layer(x)) + m.layer(2 * x),
     "activation-of-something-else-too": lambda m, act, x: act(m.layer(x)) + act(x),
     "activation-of-another-that-cannot": lambda m, act, x: act(m.layer(x)) + act(y := m.other(x)) + y,
+    "layer-of-itself": lambda m, act, x: act(m.layer(m.layer(x))),
+    "activation-of-itself": lambda m, act, x: act(act(m.layer(x))),
     "activation-in-front": lambda m, act, x: m.layer(act(x)),
     "something-between": lambda m, act, x: act(2 * m.layer(x)),
     "past-the-module": lambda m, act, x: act(nn.functional.linear(x, m.layer.weight, m.layer.bias)),  # type: ignore[arg-type]
@@ -140,6 +142,8 @@ def test_one_activation_under_two_names_that_follows_something_else_too() -> Non
     x = torch.randn(2, 4)
     assert places_of(nn.Sequential(layer, act, nn.LayerNorm(4), act), x) == []
     assert places_of(nn.Sequential(layer, act, layer, nn.LayerNorm(4)), x) == []
+    assert places_of(nn.Sequential(layer, act, act), x) == []
+    assert places_of(nn.Sequential(layer, layer, act), x) == []
     assert places_of(nn.Sequential(layer, act, layer, act), x) == [["0", "1", "relu"]]
 
 

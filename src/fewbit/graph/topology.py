@@ -38,12 +38,12 @@ class Topology:
         return [call for call in self.calls if call.module == module]
 
     def sources(self, module: str) -> set[str]:
-        """The other modules whose results ``module`` reads."""
-        return {source for source, reader in self.flows if reader == module != source}
+        """The modules whose results ``module`` reads: itself too if it reads those of another of its calls."""
+        return {source for source, reader in self.flows if reader == module}
 
     def readers(self, module: str) -> set[str]:
-        """The other modules that read results of ``module``."""
-        return {reader for source, reader in self.flows if source == module != reader}
+        """The modules that read results of ``module``: itself too if another of its calls reads them."""
+        return {reader for source, reader in self.flows if source == module}
 
 
 def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Topology | str:
@@ -74,8 +74,14 @@ def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     def made_in(node: Node) -> str:
         return names.get(_module(node), _module(node))
 
-    flows = ((made_in(node), made_in(user)) for node in program.graph.nodes for user in node.users)
+    pairs = ((node, user) for node in program.graph.nodes for user in node.users)
+    flows = ((made_in(node), made_in(user)) for node, user in pairs if not _in_one_call(node, user))
     return Topology(tuple(reversed(calls.values())), frozenset(flows))
+
+
+def _in_one_call(node: Node, user: Node) -> bool:
+    """Whether both were made in one call of the same module: torch numbers the calls in the keys."""
+    return list(node.meta.get("nn_module_stack", ())) == list(user.meta.get("nn_module_stack", ()))
 
 
 def _module(node: Node) -> str:
