@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -99,6 +101,15 @@ def test_indices_outside_the_table_are_refused(spec: QuantSpec, index: int) -> N
 def test_what_is_no_index_is_refused(spec: QuantSpec, dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match="dtype int32 or int64"):
         embedding(torch.ones(2, dtype=dtype), quantize(torch.randn(10, 75), spec))
+
+
+def test_a_table_that_is_not_loaded_is_refused() -> None:
+    table = quantize(torch.randn(10, 75), KERNEL_SPECS["int8-rows"])
+    assert isinstance(table.scale, torch.Tensor)
+    table = replace(table, packed=table.packed.to("meta"), scale=table.scale.to("meta"))
+    assert embedding(torch.empty(2, 3, dtype=torch.int64, device="meta"), table).shape == (2, 3, 75)
+    with pytest.raises(RuntimeError, match=r"x is on cpu, .* on meta\. Load the weights"):
+        embedding(torch.tensor([1, 2]), table)
 
 
 def test_an_exported_table_is_one_operator() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -255,6 +256,18 @@ def test_gradients_are_those_of_the_steps(cell: str, with_bias: bool, reverse: b
     [slope] = torch.autograd.grad(y.square().sum(), gates, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+@EVERY_CELL
+def test_weights_that_are_not_loaded_are_refused(cell: str) -> None:
+    gates, states, weight, bias = operands(cell, WEIGHTS["int8"], 64, [2, 2])
+    assert isinstance(weight.scale, Tensor)
+    weight = replace(weight, packed=weight.packed.to("meta"), scale=weight.scale.to("meta"))
+    with pytest.raises(RuntimeError, match=r"x is on cpu, .* on meta\. Load the weights"):
+        recurrent(cell, gates, states, weight, bias, INPUTS["token"], [2, 2], False)
+    on_meta = tuple(state.to("meta") for state in states)
+    y, last = recurrent(cell, gates.to("meta"), on_meta, weight, bias.to("meta"), INPUTS["token"], [2, 2], False)
+    assert y.shape == (4, 64) and all(state.is_meta and state.shape == (2, 64) for state in last)
 
 
 @EVERY_CELL
