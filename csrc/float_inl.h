@@ -1,7 +1,7 @@
 // Weights back to float: rows of a table, and products with activations that stay float.
 #pragma once
 
-#include "multiply_inl.h"
+#include "gemv_inl.h"
 
 namespace fewbit {
 namespace {
