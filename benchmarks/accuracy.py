@@ -7,11 +7,11 @@ Peers: torch.ao's dynamic int8 (fbgemm) and ONNX Runtime's static int8 (per chan
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fewbit
 from measure import Recorder, example, kl_and_flips, write
-from peers import torch_ao_dynamic
+from peers import CNN, torch_ao_dynamic
 
 # Example: metric, factor for people, the most that may be lost in its units
 EXAMPLES = {
@@ -73,49 +73,14 @@ def candidates(name: str, task: fewbit.Task) -> dict[str, Any]:
     if recipe == "int8-dynamic":
         made["torch.ao dynamic"] = lambda: torch_ao_dynamic(task.model)
     else:
-        made["ONNX Runtime static"] = lambda: onnxruntime_static(task, reduce_range=False)
-        made["ONNX Runtime static, reduce_range"] = lambda: onnxruntime_static(task, reduce_range=True)
+        for what in ("ONNX Runtime static", "ONNX Runtime static, reduce_range"):
+            made[what] = functools.partial(static_peer, what, task)
     return made
 
 
-def onnxruntime_static(task: fewbit.Task, reduce_range: bool) -> nn.Module:
-    """The model through ONNX Runtime's own static quantization, as a module."""
-    import onnxruntime
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.items = iter({"x": image[None].numpy()} for batch in task.calibration for image in batch)
-
-        def get_next(self) -> Any:
-            return next(self.items, None)
-
-    class Session(nn.Module):
-        def __init__(self, path: Path) -> None:
-            super().__init__()
-            self.session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.from_numpy(self.session.run(None, {"x": x.numpy()})[0])
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        float_file, ready, int8_file = (Path(folder) / f"{stem}.onnx" for stem in ("float", "ready", "int8"))
-        batch = torch.export.Dim("batch")
-        torch.onnx.export(
-            task.model,
-            (task.calibration[0],),
-            float_file,
-            input_names=["x"],
-            dynamic_shapes=({0: batch},),
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-        )
-        quant_pre_process(float_file, ready, skip_symbolic_shape=True)
-        quantize_static(ready, int8_file, Reader(), QuantFormat.QDQ, per_channel=True, reduce_range=reduce_range)
-        return Session(int8_file)
+def static_peer(what: str, task: fewbit.Task) -> nn.Module:
+    with tempfile.TemporaryDirectory() as folder:
+        return CNN[what](task.model, task.calibration, task.calibration[0], Path(folder))
 
 
 def measure(name: str) -> list[dict[str, Any]]:

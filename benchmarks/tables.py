@@ -96,6 +96,26 @@ def decode(rows: list[dict[str, Any]]) -> list[list[str]]:
     return speed(rows, ("what",), ("model", "threads"), "tokens/s")
 
 
+def cnn(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Accuracy, and what quantizing takes beyond the float model and the images."""
+    table = [["model", "", "top-1 %", "lost", "KL to float", "top-1 changed", "time", "memory"]]
+    for row in rows:
+        if row["part"] != "accuracy":
+            continue
+        found = [f"{row['top-1 %']:.2f}", "", "", ""]
+        if row.get("KL") is not None:
+            flips = f"{row['flips']} of {row['images']}"
+            found[1:] = [f"{row['drop']:.2f}", f"{row['KL']:.2g}", flips]
+        cost = [f"{row['seconds']:.1f} s", f"{row['peak MB'] - row['loaded MB']:.0f} MB"]
+        table.append([row["model"], row["what"], *found, *cost])
+    return table
+
+
+def cnnlatency(rows: list[dict[str, Any]]) -> list[list[str]]:
+    shown = [row for row in rows if row["part"] == "latency"]
+    return speed(shown, ("model", "batch", "threads"), ("what",), "ms")
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "accuracy": accuracy,
     "checkpoint": checkpoint,
@@ -105,8 +125,10 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "recurrent": recurrent,
     "encoder": encoder,
     "decode": decode,
+    "cnn": cnn,
+    "cnnlatency": cnnlatency,
 }
-FILES = {"memory": "linear"}  # where a table has another name than its file
+FILES = {"memory": "linear", "cnnlatency": "cnn"}  # where a table has another name than its file
 
 
 def rendered(name: str) -> str:

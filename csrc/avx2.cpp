@@ -1,6 +1,7 @@
 // AVX2 without VNNI. vpmaddubsw adds two products in int16 with saturation, so it gets only operands that cannot reach it:
 // magnitudes of activations, at most 127, times weights whose signs follow the activations'; and 4-bit codes up to 15, of
 // which the sums of a block fit in int16 before they are widened.
+#include "avx_codes_inl.h"
 #include "avx_inl.h"
 
 namespace fewbit {
@@ -67,6 +68,37 @@ struct Dot4 {
   }
 };
 using PanelDot4 = Dot4;
+
+struct Codes : Codes256 {
+  static constexpr int kTileRows[] = {6, 5, 3, 2};
+  static constexpr int kTileColumns = 2;
+};
+
+// Even and odd bytes apart, widened to 16 bits: two products of at most 255 * 128 are added in int32.
+struct CodesDot {
+  static __m256i step(__m256i acc, __m256i x, __m256i w) {
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(x, _mm256_set1_epi16(255)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(x, 8), _mm256_srai_epi16(w, 8));
+    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  }
+  static __m128i step(__m128i acc, __m128i x, __m128i w) {
+    const __m128i even =
+        _mm_madd_epi16(_mm_and_si128(x, _mm_set1_epi16(255)), _mm_srai_epi16(_mm_slli_epi16(w, 8), 8));
+    const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(x, 8), _mm_srai_epi16(w, 8));
+    return _mm_add_epi32(acc, _mm_add_epi32(even, odd));
+  }
+};
+
+// Of weights whose products with any neighbouring codes add up within int16.
+struct CodesPairDot {
+  static __m256i step(__m256i acc, __m256i x, __m256i w) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+  }
+  static __m128i step(__m128i acc, __m128i x, __m128i w) {
+    return _mm_add_epi32(acc, _mm_madd_epi16(_mm_maddubs_epi16(x, w), _mm_set1_epi16(1)));
+  }
+};
 
 } // namespace
 } // namespace fewbit

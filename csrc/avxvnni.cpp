@@ -1,4 +1,5 @@
 // 256-bit VNNI (AVX-VNNI): as AVX-512 VNNI, on AVX2's vectors.
+#include "avx_codes_inl.h"
 #include "avx_inl.h"
 
 namespace fewbit {
@@ -32,6 +33,17 @@ using Dot8 = Dot<128>;
 using Dot4 = Dot<8>;
 using PanelDot8 = Dot8;
 using PanelDot4 = Dot4;
+
+struct Codes : Codes256 {
+  static constexpr int kTileRows[] = {8, 6, 4, 3};
+  static constexpr int kTileColumns = 2;
+};
+
+struct CodesDot {
+  static __m256i step(__m256i acc, __m256i x, __m256i w) { return _mm256_dpbusd_avx_epi32(acc, x, w); }
+  static __m128i step(__m128i acc, __m128i x, __m128i w) { return _mm_dpbusd_avx_epi32(acc, x, w); }
+};
+using CodesPairDot = CodesDot;
 
 } // namespace
 } // namespace fewbit

@@ -55,6 +55,70 @@ struct Output {
   Activation activation;
 };
 
+// The weight of a convolution, int8 [outputs, channels, height, width], where `channels` are those of one of its groups.
+struct Filter {
+  int64_t outputs, channels, height, width, groups;
+
+  bool depthwise() const { return channels == 1 && outputs == groups && groups > 1; }
+  int64_t depth() const { return channels * height * width; }
+  // The same on every instruction set: see conv_inl.h and depthwise_inl.h.
+  int64_t packed_bytes() const {
+    return kPackHeader + (depthwise() ? round_up(outputs, 16) * width * round_up(height, 4)
+                                      : groups * round_up(outputs / groups, 16) * round_up(depth(), 4));
+  }
+  static constexpr int64_t kPackHeader = 64;
+};
+
+struct PackHeader {
+  uint32_t magic;
+  int32_t lanes;      // output channels of a panel: what the layout depends on
+  int32_t depthwise;
+  int32_t fits_int16; // whether products of two neighbouring weights, with any codes, add up within int16
+};
+constexpr uint32_t kPackMagic = 0x38627766;
+
+// What becomes of int32 sums [pixels, outputs]: t = (sum + offset) * multiplier + (other - other_zero_point) *
+// other_multiplier; the result is clamp(round(t) + zero_point, low, high) as uint8, or clamp(t, low, high) as float32.
+struct Rescale {
+  const float* multiplier; // [outputs], as is offset
+  const int32_t* offset;
+  const uint8_t* other; // [pixels, outputs]; null: none
+  float other_multiplier;
+  int32_t other_zero_point;
+  float low, high;
+  bool codes;   // else float32
+  bool bounded; // whether every sum times its multiplier is within int32
+  int32_t zero_point;
+  void* out;
+};
+
+// A convolution of uint8 codes [batch, height, width, channels of all groups]; pairs are of the height and the width.
+struct Conv {
+  Filter filter;
+  const uint8_t* packed;
+  const uint8_t* x;
+  int64_t batch, height, width;
+  int64_t out_height, out_width;
+  int64_t stride[2], padding[2], dilation[2];
+  uint8_t zero_point; // of x: the code of what surrounds the image
+  Rescale result;
+
+  int64_t channels() const { return filter.channels * filter.groups; }
+  int64_t pixels() const { return batch * out_height * out_width; }
+};
+
+// Means of uint8 codes over windows of an image; as Rescale has it, with t = sum * multiplier / count.
+struct Average {
+  const uint8_t* x;
+  int64_t batch, height, width, channels;
+  int64_t out_height, out_width;
+  int64_t kernel[2], stride[2], padding[2];
+  bool count_padding;
+  float multiplier;
+  int32_t input_zero_point, zero_point;
+  uint8_t* out;
+};
+
 struct Kernels {
   const char* name;
   int64_t panel_columns; // output channels that are computed together from a packed panel
@@ -92,6 +156,23 @@ struct Kernels {
   // One step for hidden units [begin, end) of one sequence: gates from the input (biases included) and recurrent sums.
   void (*lstm)(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h, float* c);
   void (*gru)(const float* input, const float* recurrent, int64_t hidden, int64_t begin, int64_t end, float* h);
+
+  // Convolutions of codes, in tasks that may run in any order.
+  int32_t conv_lanes;
+  void (*pack_filter)(const Filter&, const int8_t* weight, uint8_t* packed);
+  int64_t (*conv_tasks)(const Conv&, int64_t threads);
+  void (*conv)(const Conv&, int64_t threads, int64_t begin, int64_t end);
+
+  // Codes one by one.
+  void (*quantize_codes)(const float* x, int64_t count, float scale, int32_t zero_point, uint8_t* out);
+  // Pixels [begin, end) of planes [channels][plane] to [plane][channels].
+  void (*quantize_planes)(const float* x, int64_t plane, int64_t channels, int64_t begin, int64_t end, float scale,
+                          int32_t zero_point, uint8_t* out);
+  void (*dequantize_codes)(const uint8_t* x, int64_t count, float scale, int32_t zero_point, float* out);
+  // The sum of what `a` stands for and result.other, for elements [begin, end).
+  void (*add_codes)(const uint8_t* a, float multiplier, int32_t zero_point, int64_t begin, int64_t end, const Rescale& result);
+  void (*average)(const Average&, int64_t begin, int64_t end); // rows of the output, of all images
+  void (*lookup)(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* out);
 };
 
 float* row_scratch(int64_t count); // this thread's, at a multiple of 64 bytes, valid until its next call

@@ -1,5 +1,6 @@
 // ARM with sdot. In panels it takes the four activations of a row from a lane, so that none has to be spread over a vector.
 #include "neon_inl.h"
+#include "plain_codes_inl.h"
 
 namespace fewbit {
 namespace {
@@ -59,6 +60,9 @@ template <class Dot> struct PanelDot : Dot {
 };
 using PanelDot8 = PanelDot<Dot8>;
 using PanelDot4 = PanelDot<Dot4>;
+using Codes = PlainCodes;
+using CodesDot = PlainCodesDot;
+using CodesPairDot = PlainCodesDot;
 
 } // namespace
 } // namespace fewbit

@@ -1,6 +1,7 @@
 // ARM with smmla, which multiplies eight columns of two rows with those of two output channels: for panels. Single rows go
 // through sdot.
 #include "neon_inl.h"
+#include "plain_codes_inl.h"
 
 namespace fewbit {
 namespace {
@@ -60,6 +61,9 @@ template <class Dot> struct PanelDot : Dot {
 };
 using PanelDot8 = PanelDot<Dot8>;
 using PanelDot4 = PanelDot<Dot4>;
+using Codes = PlainCodes;
+using CodesDot = PlainCodesDot;
+using CodesPairDot = PlainCodesDot;
 
 } // namespace
 } // namespace fewbit

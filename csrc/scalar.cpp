@@ -1,4 +1,5 @@
 // Any CPU: vectors of 16 bytes as plain arrays, which compilers may turn into what they know.
+#include "plain_codes_inl.h"
 #include "quantize_inl.h"
 
 namespace fewbit {
@@ -99,6 +100,9 @@ using Dot8 = Dot<0>;
 using Dot4 = Dot<8>;
 using PanelDot8 = Dot8;
 using PanelDot4 = Dot4;
+using Codes = PlainCodes;
+using CodesDot = PlainCodesDot;
+using CodesPairDot = PlainCodesDot;
 
 } // namespace
 } // namespace fewbit

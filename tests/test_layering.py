@@ -24,6 +24,8 @@ ORDER = (
     ("transforms", "nn"),
     ("plan",),
     ("batches", "progress"),
+    ("calibration",),
+    ("correction",),
     ("pipeline",),
     ("targets",),
     ("verify",),

@@ -1,10 +1,10 @@
-"""The verbs: plan, calibrate, quantize."""
+"""The verbs: plan and quantize."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,20 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from fewbit.batches import Call, calls, run
+from fewbit.batches import Call, calls
+from fewbit.calibration import Grid, Statistics, calibrate, grid_of, observers_of
+from fewbit.correction import EXAMPLES, correct
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
-from fewbit.graph import Topology, read_topology
+from fewbit.graph import Graph, Topology, read_graph, read_topology
 from fewbit.methods import METHODS
 from fewbit.nn import QuantizedLayer, float_class, input_placeholder, layer_class
-from fewbit.observers import OBSERVERS, Observer, SecondMoment, State
-from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
+from fewbit.observers import SecondMoment
+from fewbit.plan import Plan, Recipe, load_recipe, make_plan
 from fewbit.progress import progress
-from fewbit.qtensor import QTensor, empty, qparams
+from fewbit.qtensor import QTensor, empty
 from fewbit.transforms import TRANSFORMS
 
 PLAN = "fewbit_plan"  # the attribute of a quantized model that holds its plan
-Statistics = dict[str, dict[str, State]]  # by site, then "input" and "second_moment"
 
 
 def quantize(
@@ -53,15 +54,27 @@ def quantize(
     plan = make_plan(twin, recipe)
     plan = replace(plan, transforms=places, skipped={**plan.skipped, **unread})
     statistics: Statistics = {}
+    again: list[Call] = []  # what an iterator gives only once
     if (
         batches is not None
         and first is not None
-        and any(_observers(site, twin.get_submodule(name)) for name, site in plan.sites.items())
+        and any(observers_of(site, twin.get_submodule(name)) for name, site in plan.sites.items())
     ):
+        stream = itertools.chain([first], batches)
+        if isinstance(calibration, Iterator) and recipe.correction is not None:
+            stream = itertools.chain(again := list(itertools.islice(stream, EXAMPLES)), stream)
         # On a twin of its own: modules may count their calls or keep what they saw.
-        statistics = calibrate(_twin(twin), plan, itertools.chain([first], batches))
+        graph, unread = _find_graph(_twin(twin), plan, first)
+        statistics = calibrate(_twin(twin), plan, stream, graph)
         plan = _without_unreached(plan, statistics, twin)
-    twin = _swap(twin, plan, _quantized_weights(twin, plan, statistics), _input_grids(plan, statistics))
+        plan = replace(plan, skipped={**plan.skipped, **unread}, results=_results(plan, statistics, graph))
+    weights, grids = _quantized_weights(twin, plan, statistics), _input_grids(plan, statistics)
+    biases: dict[str, Tensor] = {}
+    if recipe.correction is not None and statistics:
+        weights, biases = correct(twin, plan, weights, grids, again or calls(model, calibration), recipe.correction)
+    twin = _swap(twin, plan, weights, grids)
+    for name, bias in biases.items():
+        twin.get_submodule(name)._parameters["bias"] = nn.Parameter(bias)
     _unshare(twin, model)
     setattr(twin, PLAN, plan)
     return twin
@@ -114,41 +127,6 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     twin = _swap(twin, plan, weights, grids)
     setattr(twin, PLAN, plan)
     return twin
-
-
-def calibrate(model: nn.Module, plan: Plan, batches: Iterable[Call]) -> Statistics:
-    """What the plan's sites need to know of their inputs, from one pass over the batches. Memory does not grow with them.
-
-    ``model`` is the float twin of the plan. CalibrationError if the model fails on a batch or an input is not finite.
-    """
-    statistics: Statistics = {}
-    current = 0
-
-    def watch(name: str, observers: dict[str, Observer]) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs.get("input", next(iter(kwargs.values())))
-            if x.numel() and not all(bool(end.isfinite()) for end in x.aminmax()):
-                raise CalibrationError(f"calibration batch {current}: the input of {name!r} has a NaN or an infinity.")
-            states = statistics.setdefault(name, {key: observer.init() for key, observer in observers.items()})
-            for key, observer in observers.items():
-                axis = None if key == "input" else layer_class(module).channel_axis(module)
-                if x.numel():
-                    states[key] = observer.update(states[key], x if axis is None else x.movedim(axis, 0))
-
-        return hook
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(watch(name, observers), with_kwargs=True)
-        for name, site in plan.sites.items()
-        if (observers := _observers(site, model.get_submodule(name)))
-    ]
-    try:
-        for current, call in enumerate(progress(batches, "calibrating")):
-            run(model, call, f"calibration batch {current}")
-    finally:
-        for handle in handles:
-            handle.remove()
-    return statistics
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -204,13 +182,27 @@ def _find_transforms(
     return twin, places, unread
 
 
-def _observers(site: Site, module: nn.Module) -> dict[str, Observer]:
-    observers: dict[str, Observer] = {}
-    if site.scheme.input is not None and site.scheme.input.observer is not None:
-        observers["input"] = OBSERVERS[site.scheme.input.observer]
-    if METHODS[site.scheme.method].uses_importance and layer_class(module).channel_axis(module) is not None:
-        observers["second_moment"] = SecondMoment()
-    return observers
+def _find_graph(twin: nn.Module, plan: Plan, first: Call) -> tuple[Graph | None, dict[str, str]]:
+    """The graph of the float twin if the recipe needs one, or why there is none."""
+    if plan.recipe.results is None:
+        return None, {}
+    layers = {name for name, site in plan.sites.items() if site.scheme.input is not None and site.scheme.input.is_static}
+    graph = read_graph(twin, first.args, first.kwargs, layers)
+    if isinstance(graph, str):
+        return None, {"values between layers": graph}
+    return graph, {}
+
+
+def _results(plan: Plan, statistics: Statistics, graph: Graph | None) -> dict[str, tuple[float, int]]:
+    """The grids of the values that are no layer's input."""
+    spec = plan.recipe.results
+    grids: dict[str, tuple[float, int]] = {}
+    for name in [] if graph is None or spec is None else graph.results().values():
+        if "result" in statistics.get(name, {}):
+            assert spec is not None
+            scale, zero_point = grid_of(statistics[name]["result"], spec, f"the value {name!r}")
+            grids[name] = (float(scale), 0 if zero_point is None else int(zero_point))
+    return grids
 
 
 def _without_unreached(plan: Plan, statistics: Statistics, twin: nn.Module) -> Plan:
@@ -251,7 +243,7 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> d
                 result[name][key] = done[parameter]
                 continue
             try:
-                weight = method.quantize(matrix.detach(), site.scheme.weight, importance)
+                weight = method.quantize(matrix.detach(), site.scheme.weight, importance, layer.pairs(module))
             except ValueError as error:
                 raise PlanError(f"{name or type(twin).__name__}.{key}: cannot be quantized: {error}") from None
             result[name][key] = weight
@@ -260,19 +252,13 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> d
     return result
 
 
-def _input_grids(plan: Plan, statistics: Statistics) -> dict[str, tuple[Tensor, Tensor | None] | None]:
-    grids: dict[str, tuple[Tensor, Tensor | None] | None] = {}
+def _input_grids(plan: Plan, statistics: Statistics) -> dict[str, Grid | None]:
+    grids: dict[str, Grid | None] = {}
     for name, site in plan.sites.items():
         spec = site.scheme.input
         grids[name] = None
         if spec is not None and spec.observer is not None:
-            low, high = OBSERVERS[spec.observer].choose_range(statistics[name]["input"], spec)
-            try:
-                scale, zero_point = qparams(low.reshape(1), high.reshape(1), spec)
-            except ValueError as error:
-                raise CalibrationError(f"the input of {name!r}: {error}") from None
-            assert isinstance(scale, Tensor)
-            grids[name] = (scale, zero_point)
+            grids[name] = grid_of(statistics[name]["input"], spec, f"the input of {name!r}")
     return grids
 
 
@@ -280,7 +266,7 @@ def _swap(
     twin: nn.Module,
     plan: Plan,
     weights: dict[str, dict[str, QTensor]],
-    grids: dict[str, tuple[Tensor, Tensor | None] | None],
+    grids: Mapping[str, Grid | None],
 ) -> nn.Module:
     """Replace the sites by quantized layers, in place; returns the model (the layer, if the model is one layer)."""
     replacements: dict[nn.Module, nn.Module] = {}

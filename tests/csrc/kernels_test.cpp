@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "conv_check.h"
 #include "kernels.h"
 
 namespace fewbit {
@@ -599,6 +600,7 @@ int run(int argc, char** argv) {
       check_finish(p, *k, random);
       check_rows(p, *k, random);
       check_recurrent(p, *k, random);
+      check_conv(*k, random, number);
     }
   }
   std::printf("%lld problems, %s, ok\n", static_cast<long long>(problems), names.c_str());

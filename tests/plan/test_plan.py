@@ -64,6 +64,7 @@ GOLDEN = {
     },
     "skipped": {"1": "too small to gain: fewer than 20 weights"},
     "ties": [],
+    "results": {},
     "float_weights": 8 + 16 + 2,
 }
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node
+
+from fewbit.graph.export import export, module_of, operator_of
 
 
 @dataclass(frozen=True)
@@ -48,18 +47,9 @@ class Topology:
 
 def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Topology | str:
     """The topology of ``model`` in eval mode on these inputs, or why torch.export cannot give it."""
-    level = logging.getLogger("torch.export").level
-    logging.getLogger("torch.export").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, args, kwargs, strict=False)
-    # torch.export raises whatever the model's own code raises on traced values: any of it means "does not export".
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        return f"torch.export: {type(error).__name__}: {first[:200]}"
-    finally:
-        logging.getLogger("torch.export").setLevel(level)
+    program = export(model, args, kwargs)
+    if isinstance(program, str):
+        return program
     signature = program.graph_signature
     owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     calls: dict[Node, Call] = {}
@@ -67,12 +57,12 @@ def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         owner = _owner(node, owners)
         if owner is not None:
             feeds = tuple(calls.get(user) for user in node.users)
-            calls[node] = Call(_operator(node), owner, _is_alone(node, owner, owners), feeds)
+            calls[node] = Call(operator_of(node), owner, _is_alone(node, owner, owners), feeds)
     first_names = {module: name for name, module in model.named_modules()}
     names = {name: first_names[module] for name, module in model.named_modules(remove_duplicate=False)}
 
     def made_in(node: Node) -> str:
-        return names.get(_module(node), _module(node))
+        return names.get(module_of(node), module_of(node))
 
     pairs = ((node, user) for node in program.graph.nodes for user in node.users)
     flows = ((made_in(node), made_in(user)) for node, user in pairs if not _in_one_call(node, user))
@@ -82,16 +72,6 @@ def read_topology(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _in_one_call(node: Node, user: Node) -> bool:
     """Whether both were made in one call of the same module: torch numbers the calls in the keys."""
     return list(node.meta.get("nn_module_stack", ())) == list(user.meta.get("nn_module_stack", ()))
-
-
-def _module(node: Node) -> str:
-    """The innermost module in whose forward the node was made."""
-    stack = list(node.meta.get("nn_module_stack", {}).values())
-    return str(stack[-1][0]) if stack else ""
-
-
-def _operator(node: Node) -> str:
-    return str(getattr(node.target, "_opname", node.target))
 
 
 def _owner(node: Node, owners: dict[str, str]) -> str | None:
@@ -106,5 +86,5 @@ def _owner(node: Node, owners: dict[str, str]) -> str | None:
 
 def _is_alone(node: Node, owner: str, owners: dict[str, str]) -> bool:
     parameters = [argument for argument in node.args if isinstance(argument, Node) and argument.name in owners]
-    inside = bool(node.meta.get("nn_module_stack")) and _module(node) == owner
+    inside = bool(node.meta.get("nn_module_stack")) and module_of(node) == owner
     return inside and all(len(parameter.users) == 1 for parameter in parameters)

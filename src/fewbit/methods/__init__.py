@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fewbit.methods.method import Method
 from fewbit.methods.mse import MeanSquaredError
+from fewbit.methods.pair_safe import PairSafe
 from fewbit.methods.rtn import RoundToNearest
 
 METHODS: dict[str, Method] = {
     "rtn": RoundToNearest(),
     "mse": MeanSquaredError(),
+    "pair_safe": PairSafe(),
 }
 
-__all__ = ["METHODS", "MeanSquaredError", "Method", "RoundToNearest"]
+__all__ = ["METHODS", "MeanSquaredError", "Method", "PairSafe", "RoundToNearest"]

@@ -21,6 +21,9 @@ class Method(ABC):
         """Whether calibration data, if there are any, should be folded into ``importance``."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QTensor:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, pairs: tuple[Tensor, ...] = ()
+    ) -> QTensor:
         """``weight`` ``[rows, columns]``, one row an output channel; ``importance`` E[x^2] of the input that each weight
-        multiplies, broadcastable to it. ValueError if the weight has a NaN or an infinity."""
+        multiplies, broadcastable to it; ``pairs`` sets of disjoint pairs of columns ``[P, 2]`` whose products engines add
+        in int16. ValueError if the weight has a NaN or an infinity, or the method has no codes of this spec."""

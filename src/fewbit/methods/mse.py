@@ -37,7 +37,9 @@ class MeanSquaredError(Method):
     def uses_importance(self) -> bool:
         return True
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QTensor:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, pairs: tuple[Tensor, ...] = ()
+    ) -> QTensor:
         low, high = value_range(weight, spec)
         importance = weight.new_ones(1, 1) if importance is None else torch.atleast_2d(importance)
         rows = len(weight)

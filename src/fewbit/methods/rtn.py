@@ -19,5 +19,7 @@ class RoundToNearest(Method):
     def uses_importance(self) -> bool:
         return False
 
-    def quantize(self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QTensor:
+    def quantize(
+        self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, pairs: tuple[Tensor, ...] = ()
+    ) -> QTensor:
         return quantize(weight, spec)

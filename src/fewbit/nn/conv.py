@@ -24,6 +24,10 @@ class Conv(QuantizedLayer):
         return {"weight": geometry_of(module).matrix(weight)}
 
     @staticmethod
+    def from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
+        return geometry_of(module).weight(matrix)
+
+    @staticmethod
     def channel_axis(module: nn.Module) -> int | None:
         return -1 - geometry_of(module).dims
 
@@ -35,6 +39,20 @@ class Conv(QuantizedLayer):
         grouped = second_moment.reshape(geometry.groups, -1)
         columns = grouped.repeat_interleave(geometry.terms // grouped.shape[1], dim=1)
         return columns.repeat_interleave(outputs, dim=0)
+
+    @staticmethod
+    def pairs(module: nn.Module) -> tuple[Tensor, ...]:
+        # Channels are the innermost axis: of one kernel position in OpenVINO, of all in turn in ONNX Runtime. Depthwise
+        # convolutions, with one channel a group, are computed in int32.
+        geometry = geometry_of(module)
+        channels = 0 if geometry.transposed else geometry.weight_shape[1]
+        if channels < 2:
+            return ()
+        columns = torch.arange(geometry.terms).reshape(channels, -1).T  # [positions, channels]
+        in_turn = columns.flatten()[: geometry.terms // 2 * 2].reshape(-1, 2)
+        if channels % 2 == 0:
+            return (in_turn,)
+        return in_turn, columns[:, : channels - 1].reshape(-1, 2)
 
     def _adopt(self, module: nn.Module) -> None:
         self.geometry = geometry_of(module)

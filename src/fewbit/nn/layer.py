@@ -56,6 +56,11 @@ class QuantizedLayer(nn.Module):
         """The weights of the float layer as ``[rows, columns]``, one row an output channel, by parameter name."""
 
     @staticmethod
+    def from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
+        """The one weight of the float layer from its matrix."""
+        return matrix
+
+    @staticmethod
     def refuse(module: nn.Module) -> str | None:
         """Why this particular float layer cannot be quantized, or None."""
         return None
@@ -69,6 +74,11 @@ class QuantizedLayer(nn.Module):
     def importance(module: nn.Module, second_moment: Tensor) -> Tensor:
         """E[x^2] of what each weight multiplies, broadcastable to the weight matrix, from that of each channel."""
         return second_moment
+
+    @staticmethod
+    def pairs(module: nn.Module) -> tuple[Tensor, ...]:
+        """Sets of disjoint pairs of the matrix' columns, ``[P, 2]``: those that engines multiply with neighbouring bytes."""
+        return ()
 
     @abstractmethod
     def _adopt(self, module: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewbit.nn.layer import QuantizedLayer
@@ -24,8 +25,17 @@ class Linear(QuantizedLayer):
         return {"weight": weight if isinstance(module, nn.Linear) else weight.T}
 
     @staticmethod
+    def from_matrix(module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix if isinstance(module, nn.Linear) else matrix.T
+
+    @staticmethod
     def channel_axis(module: nn.Module) -> int | None:
         return -1
+
+    @staticmethod
+    def pairs(module: nn.Module) -> tuple[Tensor, ...]:
+        columns = Linear.matrices(module)["weight"].shape[1]
+        return (torch.arange(columns // 2 * 2).reshape(-1, 2),)
 
     def _adopt(self, module: nn.Module) -> None:
         self.out_features, self.in_features = self._shapes["weight"]

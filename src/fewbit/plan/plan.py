@@ -67,7 +67,8 @@ class Plan:
 
     ``sites`` and ``skipped`` (with the reason) name every layer that owns a weight matrix; ``transforms`` say where each
     one applies; ``ties`` are groups of weights ("module.parameter") that are one tensor; ``float_weights`` and
-    ``float_bytes`` count what stays float.
+    ``float_bytes`` count what stays float. ``results`` are the grids (scale, zero point) of values that are no layer's
+    input, by their names in the exported graph (see ``fewbit.graph``).
     """
 
     recipe: Recipe
@@ -77,6 +78,7 @@ class Plan:
     ties: tuple[tuple[str, ...], ...] = ()
     float_weights: int = 0
     float_bytes: int = 0
+    results: Mapping[str, tuple[float, int]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -117,6 +119,7 @@ class Plan:
             "ties": [list(tie) for tie in self.ties],
             "float_weights": self.float_weights,
             "float_bytes": self.float_bytes,
+            "results": {name: list(grid) for name, grid in self.results.items()},
         }
 
     @staticmethod
@@ -126,10 +129,13 @@ class Plan:
             found = data.get("version") if isinstance(data, dict) else type(data).__name__
             raise PlanError(f"{where}.version: found {found!r}, this fewbit reads version {VERSION}.")
         data = {key: value for key, value in data.items() if key != "version"}
-        names = ("recipe", "sites", "skipped", "transforms", "ties", "float_weights", "float_bytes")
+        names = ("recipe", "sites", "skipped", "transforms", "ties", "float_weights", "float_bytes", "results")
         checked_keys(data, Plan, where, required=names)
         types = {"sites": dict, "skipped": dict, "transforms": dict, "ties": list, "float_weights": int}
-        check_types(data, {**types, "float_bytes": int}, where)
+        check_types(data, {**types, "float_bytes": int, "results": dict}, where)
+        for name, grid in data["results"].items():
+            if not (isinstance(grid, list) and [type(part) for part in grid] == [float, int] and grid[0] > 0):
+                raise PlanError(f"{where}.results.{name}: found {grid!r}, needs [scale, zero point].")
         for number, tie in enumerate(data["ties"]):
             if not isinstance(tie, list) or not all(isinstance(name, str) for name in tie):
                 raise PlanError(f"{where}.ties[{number}]: found {tie!r}, needs a list of names.")
@@ -141,4 +147,5 @@ class Plan:
             ties=tuple(tuple(tie) for tie in data["ties"]),
             float_weights=data["float_weights"],
             float_bytes=data["float_bytes"],
+            results={name: (grid[0], grid[1]) for name, grid in data["results"].items()},
         )

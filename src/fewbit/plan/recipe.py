@@ -14,13 +14,15 @@ from typing import Any
 from fewbit.errors import PlanError, unknown
 from fewbit.methods import METHODS
 from fewbit.observers import OBSERVERS
-from fewbit.spec import Scheme, check_types, checked_keys
+from fewbit.spec import QuantSpec, Scheme, check_types, checked_keys
 from fewbit.transforms import TRANSFORMS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+CORRECTIONS = ("affine", "bias")
 
 
 @dataclass(frozen=True)
@@ -63,16 +65,27 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules, of which the first match wins, and the transforms to run on the float model before."""
+    """Ordered rules, of which the first match wins, and the transforms to run on the float model before.
+
+    ``results`` says how values between convolutions that are no layer's input are quantized, such as the terms of residual
+    additions, where an engine computes on them; None: there they stay float. ``correction`` ("affine", "bias" or None) is
+    what layers with static inputs get after quantization, see ``fewbit.correction``.
+    """
 
     name: str
     rules: tuple[Rule, ...]
     transforms: tuple[str, ...] = ()
+    results: QuantSpec | None = None
+    correction: str | None = None
 
     def __post_init__(self) -> None:
         for transform in self.transforms:
             if transform not in TRANSFORMS:
                 raise PlanError(f"recipe {self.name!r}: {unknown('transform', transform, TRANSFORMS)}")
+        if self.correction is not None and self.correction not in CORRECTIONS:
+            raise PlanError(f"recipe {self.name!r}: {unknown('correction', self.correction, CORRECTIONS)}")
+        if self.results is not None:
+            _check_results(self.results, f"recipe {self.name!r}: results")
         for number, rule in enumerate(self.rules):
             where = f"recipe {self.name!r}: rules[{number}]"
             if rule.pattern.startswith("re:"):
@@ -95,16 +108,30 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         rules = [rule.to_json() for rule in self.rules]
-        return {"name": self.name, "rules": rules, "transforms": list(self.transforms)}
+        data: dict[str, Any] = {"name": self.name, "rules": rules, "transforms": list(self.transforms)}
+        if self.results is not None:
+            data["results"] = self.results.to_json()
+        if self.correction is not None:
+            data["correction"] = self.correction
+        return data
 
     @staticmethod
     def from_json(data: Any, where: str) -> Recipe:
         checked_keys(data, Recipe, where, required=("name", "rules"))
-        check_types(data, {"name": str, "rules": list, "transforms": list}, where)
+        check_types(data, {"name": str, "rules": list, "transforms": list, "correction": str}, where)
         for number, transform in enumerate(data.get("transforms", ())):
             check_types({f"transforms[{number}]": transform}, {f"transforms[{number}]": str}, where)
         rules = (Rule.from_json(rule, f"{where}.rules[{number}]") for number, rule in enumerate(data["rules"]))
-        return Recipe(data["name"], tuple(rules), tuple(data.get("transforms", ())))
+        results = QuantSpec.from_json(data["results"], f"{where}.results") if "results" in data else None
+        transforms = tuple(data.get("transforms", ()))
+        return Recipe(data["name"], tuple(rules), transforms, results, data.get("correction"))
+
+
+def _check_results(spec: QuantSpec, where: str) -> None:
+    if spec.format != "uint8" or spec.observer is None:
+        raise PlanError(f"{where}: found {spec.format!r}, observer {spec.observer!r}; engines need 'uint8' and an observer.")
+    if spec.observer not in OBSERVERS:
+        raise PlanError(f"{where}: {unknown('observer', spec.observer, OBSERVERS)}")
 
 
 def check_names(scheme: Scheme, where: str) -> None:

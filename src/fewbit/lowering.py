@@ -1,0 +1,108 @@
+"""From a quantized model to the explicit graph that engines are given."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from fewbit.batches import Call
+from fewbit.errors import UnsupportedError
+from fewbit.graph import Graph, read_graph
+from fewbit.graph.explicit import IntegerLayer, explicit
+from fewbit.nn import Conv, Linear, QuantizedLayer
+from fewbit.pipeline import plan_of, sites_of
+from fewbit.spec import PER_TENSOR, per_channel
+
+
+def explicit_graph(model: nn.Module, call: Call) -> GraphModule:
+    """A quantized model's graph on these inputs, for any batch size if it can be, in the explicit form of ``graph.explicit``.
+
+    UnsupportedError if the model does not export or has no layer with a static 8-bit input.
+    """
+    plan = plan_of(model)
+    layers = {name: layer for name, layer in sites_of(model) if is_integer(layer)}
+    if not layers:
+        raise UnsupportedError(
+            f"recipe {plan.recipe.name!r} left no layer with int8 weights and a static uint8 input, which engines compute "
+            "in integers: quantize with 'int8-static'."
+        )
+    graph = read_graph(_float_layers(model, layers), call.args, call.kwargs, layers)
+    if not isinstance(graph, Graph):
+        raise UnsupportedError(f"this {type(model).__name__} cannot be lowered: {graph}")
+    return explicit(graph, {name: _integer_layer(layer) for name, layer in layers.items()}, plan.results)
+
+
+def is_integer(layer: QuantizedLayer) -> bool:
+    """Whether engines can compute this layer in integers: a convolution of images or a linear layer, static, 8 bits."""
+    scheme = layer.scheme
+    spec = scheme.input
+    if spec is None or spec.format != "uint8" or not spec.is_static or spec.granularity != PER_TENSOR:
+        return False
+    if scheme.weight.format != "int8" or scheme.weight.granularity != per_channel(0) or scheme.weight.scale is not None:
+        return False
+    if isinstance(layer, Conv):
+        return layer.geometry.dims == 2 and not layer.geometry.transposed
+    return isinstance(layer, Linear) and layer.activation == "none"
+
+
+def _integer_layer(layer: QuantizedLayer) -> IntegerLayer:
+    weight = layer.qtensor()
+    codes = layer.geometry.weight(weight.codes) if isinstance(layer, Conv) else weight.codes
+    bias = layer._parameters.get("bias")
+    assert layer.input_scale is not None
+    zero_point = 0 if layer.input_zero_point is None else int(layer.input_zero_point)
+    return IntegerLayer(
+        codes=codes,
+        scale=weight.scale_values.reshape(-1),
+        bias=None if bias is None else bias.detach().float(),
+        input_scale=float(layer.input_scale),
+        input_zero_point=zero_point,
+    )
+
+
+def _float_layers(model: nn.Module, layers: dict[str, QuantizedLayer]) -> nn.Module:
+    """A copy of the model with these layers as torch's own, weights dequantized: what torch.export sees as one operator."""
+    tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, tensors)
+    for name, layer in layers.items():
+        made = _float_layer(layer)
+        if name == "":
+            return made
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, made)
+    return twin.eval()
+
+
+def _float_layer(layer: QuantizedLayer) -> nn.Module:
+    module: nn.Module
+    bias = layer._parameters.get("bias")
+    if isinstance(layer, Conv):
+        geometry = layer.geometry
+        outputs, channels, *kernel = geometry.weight_shape
+        module = nn.Conv2d(
+            channels * geometry.groups,
+            outputs,
+            tuple(kernel),  # type: ignore[arg-type]
+            geometry.stride,  # type: ignore[arg-type]
+            geometry.padding,  # type: ignore[arg-type]
+            geometry.dilation,  # type: ignore[arg-type]
+            geometry.groups,
+            bias is not None,
+            layer.padding_mode,
+            device="meta",
+        )
+        if layer.padding_mode != "zeros":
+            module._reversed_padding_repeated_twice = list(layer.padding_amounts)
+    else:
+        assert isinstance(layer, Linear)
+        module = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    weight: Any = layer.weight
+    module.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return module.eval()
+
+
