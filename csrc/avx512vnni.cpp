@@ -126,6 +126,7 @@ struct Codes {
   static I all8(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }
   static I all16(int v) { return _mm512_set1_epi16(static_cast<int16_t>(v)); }
   static I subtract(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F times(F a, F b) { return _mm512_mul_ps(a, b); }
   static F divide(F a, F b) { return _mm512_div_ps(a, b); }

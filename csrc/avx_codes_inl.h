@@ -87,6 +87,7 @@ struct Codes256 {
   static I all8(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }
   static I all16(int v) { return _mm256_set1_epi16(static_cast<int16_t>(v)); }
   static I subtract(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F times(F a, F b) { return _mm256_mul_ps(a, b); }
   static F divide(F a, F b) { return _mm256_div_ps(a, b); }

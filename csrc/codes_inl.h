@@ -81,30 +81,44 @@ void add_codes(const uint8_t* a, float multiplier, int32_t zero_point, int64_t b
   });
 }
 
-void average(const Average& a, int64_t begin, int64_t end) {
-  int32_t* sums = reinterpret_cast<int32_t*>(row_scratch(a.channels));
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t image = row / a.out_height, top = row % a.out_height * a.stride[0] - a.padding[0];
-    const int64_t y0 = top < 0 ? 0 : top, y1 = top + a.kernel[0] < a.height ? top + a.kernel[0] : a.height;
-    for (int64_t column = 0; column < a.out_width; ++column) {
-      const int64_t left = column * a.stride[1] - a.padding[1];
-      const int64_t x0 = left < 0 ? 0 : left, x1 = left + a.kernel[1] < a.width ? left + a.kernel[1] : a.width;
-      const int64_t inside = (y1 > y0 ? y1 - y0 : 0) * (x1 > x0 ? x1 - x0 : 0);
-      const int32_t start = static_cast<int32_t>(-inside * a.input_zero_point);
-      for (int64_t c = 0; c < a.channels; ++c) sums[c] = start;
-      for (int64_t y = y0; y < y1; ++y)
-        for (int64_t x = x0; x < x1; ++x) {
-          const uint8_t* codes = a.x + ((image * a.height + y) * a.width + x) * a.channels;
-          for (int64_t c = 0; c < a.channels; ++c) sums[c] += codes[c];
-        }
-      const float count = static_cast<float>(a.count_padding ? a.kernel[0] * a.kernel[1] : inside);
-      uint8_t* out = a.out + (row * a.out_width + column) * a.channels;
-      for (int64_t c = 0; c < a.channels; ++c) {
-        const float mean = static_cast<float>(sums[c]) * a.multiplier / count;
-        const float code = __builtin_rintf(mean < -1e9f ? -1e9f : mean < 1e9f ? mean : 1e9f);
-        const int32_t v = static_cast<int32_t>(code) + a.zero_point;
-        out[c] = static_cast<uint8_t>(v < 0 ? 0 : v > 255 ? 255 : v);
+// One mean for each channel: of the codes in rows [y0, y1) and columns [x0, x1) of an image.
+void average_window(const Average& a, const uint8_t* image, const int64_t (&y)[2], const int64_t (&x)[2],
+                    const Rescaler<Codes>& rescaler, uint8_t* out) {
+  const int64_t inside = (y[1] > y[0] ? y[1] - y[0] : 0) * (x[1] > x[0] ? x[1] - x[0] : 0);
+  const Codes::I start = Codes::all(static_cast<int32_t>(-inside * a.input_zero_point));
+  const Codes::F multiplier = Codes::all(a.multiplier);
+  const Codes::F count = Codes::all(static_cast<float>(a.count_padding ? a.kernel[0] * a.kernel[1] : inside));
+  for_vectors(0, a.channels, [&](int64_t first, int64_t n) {
+    const bool whole = n == Codes::kBytes;
+    Codes::I sums[4] = {start, start, start, start}, codes[4];
+    for (int64_t row = y[0]; row < y[1]; ++row)
+      for (int64_t column = x[0]; column < x[1]; ++column) {
+        const uint8_t* from = image + (row * a.width + column) * a.channels + first;
+        Codes::widen(whole ? Codes::load(from) : Codes::load_part(from, n), codes);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) sums[q] = Codes::add(sums[q], codes[q]);
       }
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) sums[q] = rescaler.rounded(Codes::divide(rescaler.scaled(sums[q], multiplier), count));
+    const Codes::I result = rescaler.codes(sums);
+    whole ? Codes::store(out + first, result) : Codes::store_part(out + first, result, n);
+  });
+}
+
+void average(const Average& a, int64_t begin, int64_t end) {
+  Rescale codes{};
+  codes.high = 255;
+  codes.codes = true;
+  codes.zero_point = a.zero_point;
+  const Rescaler<Codes> rescaler(codes);
+  for (int64_t row = begin; row < end; ++row) {
+    const uint8_t* image = a.x + row / a.out_height * a.height * a.width * a.channels;
+    const int64_t top = row % a.out_height * a.stride[0] - a.padding[0], bottom = top + a.kernel[0];
+    const int64_t y[2] = {top < 0 ? 0 : top, bottom < a.height ? bottom : a.height};
+    for (int64_t column = 0; column < a.out_width; ++column) {
+      const int64_t left = column * a.stride[1] - a.padding[1], right = left + a.kernel[1];
+      const int64_t x[2] = {left < 0 ? 0 : left, right < a.width ? right : a.width};
+      average_window(a, image, y, x, rescaler, a.out + (row * a.out_width + column) * a.channels);
     }
   }
 }

@@ -296,9 +296,10 @@ inline Blocks blocks_of(const Conv& c, int64_t threads) {
   b.count = ceil_div(pixels, wanted);
   b.panels = ceil_div(c.filter.outputs / c.filter.groups, Codes::kLanes);
   b.shares = 1;
-  if (threads > 1 && b.count * c.filter.groups < 2 * threads) {
+  const int64_t wanted_tasks = 8 * threads; // of which each thread gets about as many
+  if (threads > 1 && b.count * c.filter.groups < wanted_tasks) {
     const int64_t most = ceil_div(b.panels, kMostPanels);
-    b.shares = ceil_div(2 * threads, b.count * c.filter.groups);
+    b.shares = ceil_div(wanted_tasks, b.count * c.filter.groups);
     if (b.shares > most) b.shares = most;
   }
   b.pixels = ceil_div(pixels, b.count);

@@ -64,6 +64,7 @@ struct PlainCodes {
   static I all8(int v) { return all(static_cast<int32_t>(0x01010101u * static_cast<uint32_t>(v))); }
   static I all16(int v) { return all(static_cast<int32_t>(0x00010001u * static_cast<uint32_t>(v))); }
   static I subtract(I a, I b) { return a - b; }
+  static I add(I a, I b) { return a + b; }
   static F add(F a, F b) { return a + b; }
   static F times(F a, F b) { return a * b; }
   static F divide(F a, F b) { return a / b; }

@@ -27,10 +27,12 @@ ORDER = (
     ("calibration",),
     ("correction",),
     ("pipeline",),
+    ("lowering",),
     ("targets",),
     ("verify",),
     ("hardware",),
     ("report",),
+    ("deploy",),
     ("search",),
     ("task",),
     ("",),  # the package itself

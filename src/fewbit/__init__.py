@@ -4,11 +4,13 @@ qmodel = fewbit.quantize(model, "int8-dynamic")
 fewbit.save(qmodel, "out/")
 qmodel = fewbit.load("out/", model)
 print(fewbit.compare(model, qmodel, batches, evaluate))
+fast = fewbit.lower(qmodel, example_inputs)  # static int8 on integer kernels; also target="onnxruntime", "openvino"
 answer = fewbit.autoquantize(model, calibration=batches, evaluate=evaluate, budget=fewbit.Budget(max_drop=0.01))
 """
 
 from __future__ import annotations
 
+from fewbit.deploy import export, lower
 from fewbit.errors import (
     CalibrationError,
     CheckpointError,
@@ -22,7 +24,7 @@ from fewbit.pipeline import plan_of, quantize
 from fewbit.plan import Plan, Recipe, Rule, load_recipe, make_plan, presets
 from fewbit.search import Answer, Trial, autoquantize
 from fewbit.spec import PER_TENSOR, PER_TOKEN, Granularity, QuantSpec, Scheme, per_channel, per_group
-from fewbit.targets import load, save
+from fewbit.targets import Lowered, load, save
 from fewbit.task import Task, load_task
 from fewbit.verify import Budget, Comparison, Verdict, compare
 
@@ -39,6 +41,7 @@ __all__ = [
     "EvaluationError",
     "FewbitError",
     "Granularity",
+    "Lowered",
     "Machine",
     "Plan",
     "PlanError",
@@ -52,9 +55,11 @@ __all__ = [
     "Verdict",
     "autoquantize",
     "compare",
+    "export",
     "load",
     "load_recipe",
     "load_task",
+    "lower",
     "make_plan",
     "per_channel",
     "per_group",

@@ -17,8 +17,9 @@ from fewbit.pipeline import plan_of, sites_of
 from fewbit.spec import PER_TENSOR, per_channel
 
 
-def explicit_graph(model: nn.Module, call: Call) -> GraphModule:
-    """A quantized model's graph on these inputs, for any batch size if it can be, in the explicit form of ``graph.explicit``.
+def explicit_graph(model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
+    """A quantized model's graph on these inputs in the explicit form of ``graph.explicit``, and whether it is one for any
+    batch size.
 
     UnsupportedError if the model does not export or has no layer with a static 8-bit input.
     """
@@ -32,7 +33,8 @@ def explicit_graph(model: nn.Module, call: Call) -> GraphModule:
     graph = read_graph(_float_layers(model, layers), call.args, call.kwargs, layers)
     if not isinstance(graph, Graph):
         raise UnsupportedError(f"this {type(model).__name__} cannot be lowered: {graph}")
-    return explicit(graph, {name: _integer_layer(layer) for name, layer in layers.items()}, plan.results)
+    module = explicit(graph, {name: _integer_layer(layer) for name, layer in layers.items()}, plan.results)
+    return module, graph.any_batch
 
 
 def is_integer(layer: QuantizedLayer) -> bool:

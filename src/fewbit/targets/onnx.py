@@ -33,7 +33,7 @@ def onnx_model(module: GraphModule, call: Call) -> Any:
         import onnx
         import onnxscript
     except ImportError:
-        raise UnsupportedError("an ONNX file needs onnx and onnxscript: pip install 'fewbit[onnx]'.") from None
+        raise UnsupportedError("an ONNX file needs onnx and onnxscript: pip install 'fewbit[onnxruntime]'.") from None
     program = export(module, call.args, call.kwargs)
     if isinstance(program, str):
         raise UnsupportedError(f"the lowered model cannot be exported: {program}")
