@@ -35,8 +35,11 @@ def calibrate(model: nn.Module, plan: Plan, batches: Iterable[Call], graph: Grap
         watching.batch = number
         if graph is not None and graph.fits(call.args, call.kwargs):
             run(watching.program, call, f"calibration batch {number}")
+            names = watching.outside
         else:
-            with watching.sites():
+            names = watching.names
+        if names:
+            with watching.sites(names):
                 run(model, call, f"calibration batch {number}")
     return watching.statistics
 
@@ -74,9 +77,11 @@ class _Watching:
         for name, site in plan.sites.items():
             if observers := observers_of(site, model.get_submodule(name)):
                 self._observers[name] = observers
+        self.names = list(self._observers)
         if graph is None:
             return
         self._readers = graph.inputs()
+        self.outside = [name for name in self.names if name not in graph.layers.values()]
         self._results: dict[Node, str] = {}
         if plan.recipe.results is not None and plan.recipe.results.observer is not None:
             self._results = graph.results()
@@ -84,8 +89,8 @@ class _Watching:
         self.program = _Program(Watched(graph.module, self._see))
 
     @contextmanager
-    def sites(self) -> Iterator[None]:
-        """Hooks on the model's own modules."""
+    def sites(self, names: Iterable[str]) -> Iterator[None]:
+        """Hooks on the model's own modules of these names."""
 
         def hook(name: str) -> Any:
             def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,7 +100,7 @@ class _Watching:
 
         handles = [
             self.model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
-            for name in self._observers
+            for name in names
         ]
         try:
             yield

@@ -69,6 +69,7 @@ def auto(
     out: Annotated[Path, typer.Option(help="folder for the model, answer.json and report.html")],
     confidence: Confidence = 0.95,
     time_limit: Annotated[float | None, typer.Option(help="seconds after which no further recipe is tried")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="engine to measure; may be repeated; default: all")] = None,
 ) -> None:
     """Find the fastest quantized model within the budget; exit code 0 if there is one, 2 if not."""
     task = fewbit.load_task(source)
@@ -82,6 +83,7 @@ def auto(
         budget=fewbit.Budget(max_drop, confidence),
         example_inputs=task.example_inputs,
         time_limit=time_limit,
+        targets=target or None,
     )
     answer.save(out)
     write_text(out / "answer.json", json.dumps(answer.to_json(), indent=1))
@@ -111,6 +113,24 @@ def compare(
     if out is not None:
         data = {**comparison.to_json(), "text": str(comparison)}
         write_text(out, json.dumps(data, indent=1))
+
+
+@app.command()
+def export(
+    source: Source,
+    checkpoint: Annotated[Path, typer.Argument(help="folder of a model that fewbit saved from this task")],
+    out: Annotated[Path, typer.Option(help="the .onnx file to write; a .json file beside it says what it is")],
+    target: Annotated[str, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
+    notes: Annotated[str, typer.Option(help="how inputs are to be prepared, say")] = "",
+) -> None:
+    """Write a saved static int8 model for another engine, and check that it computes the same there."""
+    task = fewbit.load_task(source)
+    if task.example_inputs is None:
+        raise FewbitError(f"{source}: export needs a task with example_inputs.")
+    quantized = fewbit.load(checkpoint, task.model)
+    path = fewbit.export(quantized, out, target, example_inputs=task.example_inputs, notes=notes)
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    console.print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; {card['operators']}")
 
 
 @app.command()

@@ -31,7 +31,7 @@ def lower(model: nn.Module, example_inputs: Any, target: str = "torch") -> Lower
     Raises PlanError for a model that fewbit did not quantize; UnsupportedError if it does not export, has nothing to run in
     integers, the engine is not installed, or computes something else than fewbit's kernels on the example inputs.
     """
-    engine = _target(target)
+    engine = TARGETS[check_target(target)]
     call = to_call(model, example_inputs, "example_inputs")
     refuse_device(call)
     module, any_batch = explicit_graph(model, call)
@@ -55,7 +55,7 @@ def export(
     its outputs are from fewbit's own kernels on the example inputs; ``notes`` (how to prepare inputs, say) are put in it.
     Raises as ``lower``.
     """
-    engine = _target(target)
+    engine = TARGETS[check_target(target)]
     path = Path(path)
     if target == "torch" or path.suffix != ".onnx":
         raise UnsupportedError(
@@ -75,13 +75,19 @@ def export(
     return path
 
 
-def _target(name: str) -> Any:
+def installed() -> list[str]:
+    """The names of the targets that can be used here."""
+    return [name for name, target in TARGETS.items() if target.missing() is None]
+
+
+def check_target(name: str) -> str:
+    """``name``; UnsupportedError if there is no such target or it is not installed."""
     if name not in TARGETS:
         raise UnsupportedError(unknown("target", name, TARGETS))
     missing = TARGETS[name].missing()
     if missing is not None:
         raise UnsupportedError(missing)
-    return TARGETS[name]
+    return name
 
 
 def _difference(made: Lowered, model: nn.Module, call: Call) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
@@ -30,6 +31,9 @@ def explicit_graph(model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
             f"recipe {plan.recipe.name!r} left no layer with int8 weights and a static uint8 input, which engines compute "
             "in integers: quantize with 'int8-static'."
         )
+    dtypes = {layer.dtype for layer in layers.values()} - {torch.float32}
+    if dtypes:
+        raise UnsupportedError(f"engines take float32, this {type(model).__name__} is {dtypes.pop()}: quantize model.float().")
     graph = read_graph(_float_layers(model, layers), call.args, call.kwargs, layers)
     if not isinstance(graph, Graph):
         raise UnsupportedError(f"this {type(model).__name__} cannot be lowered: {graph}")
@@ -69,13 +73,12 @@ def _float_layers(model: nn.Module, layers: dict[str, QuantizedLayer]) -> nn.Mod
     """A copy of the model with these layers as torch's own, weights dequantized: what torch.export sees as one operator."""
     tensors: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, tensors)
-    for name, layer in layers.items():
-        made = _float_layer(layer)
-        if name == "":
-            return made
-        parent, _, child = name.rpartition(".")
-        setattr(twin.get_submodule(parent), child, made)
-    return twin.eval()
+    replacements = {twin.get_submodule(name): _float_layer(layer) for name, layer in layers.items()}
+    for parent in list(twin.modules()):
+        for child, layer in parent._modules.items():
+            if layer in replacements:
+                parent._modules[child] = replacements[layer]
+    return replacements.get(twin, twin).eval()
 
 
 def _float_layer(layer: QuantizedLayer) -> nn.Module:

@@ -30,11 +30,11 @@ from fewbit.search import Trial
 from fewbit.search.autoquantize import _choose
 from fewbit.verify import Latency, Verdict
 
-STATIC, DYNAMIC, INT4_DYNAMIC, INT4 = "int8-static", "int8-dynamic", "int4-dynamic", "int4-weight-only"
+STATIC, DYNAMIC, INT4_DYNAMIC, INT4 = "int8-static on torch", "int8-dynamic", "int4-dynamic", "int4-weight-only"
 
 
 def is_quantized(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantizedLayer) for module in model.modules())
+    return any(isinstance(module, (QuantizedLayer, fewbit.Lowered)) for module in model.modules())
 
 
 def scoring(drop: float, count: int = 400, spread: float = 0.01) -> Callable[[nn.Module], Tensor]:
@@ -46,6 +46,7 @@ def scoring(drop: float, count: int = 400, spread: float = 0.01) -> Callable[[nn
 
 
 def answer_of(model: nn.Module, vectors: list[Tensor], evaluate: Any, max_drop: float = 0.01, **more: Any) -> Answer:
+    more = {"targets": ["torch"], **more}
     return autoquantize(model, calibration=vectors, evaluate=evaluate, budget=Budget(max_drop), **more)
 
 
@@ -57,7 +58,7 @@ def passed(mlp: nn.Module, vectors: list[Tensor]) -> Answer:
 def test_pass(passed: Answer, mlp: nn.Module, vectors: list[Tensor]) -> None:
     assert passed.verdict == "pass" and is_quantized(passed.model)
     assert [trial.recipe for trial in passed.trials] == ["float", DYNAMIC, STATIC, INT4_DYNAMIC, INT4]
-    assert fewbit.plan_of(passed.model).recipe.name == passed.chosen.recipe
+    assert fewbit.plan_of(passed.quantized).recipe.name == passed.chosen.recipe.split(" on ")[0]
     assert "within the budget" in passed.explain()
     for trial in passed.trials[1:]:
         assert trial.verdict is not None and trial.verdict.verdict == "pass" and trial.problem is None
@@ -88,7 +89,8 @@ def test_one_number_is_judged_without_chance(mlp: nn.Module, vectors: list[Tenso
 
 def test_only_the_recipe_within_the_budget_is_chosen(mlp: nn.Module, vectors: list[Tensor]) -> None:
     def evaluate(model: nn.Module) -> float:
-        return 0.5 if is_quantized(model) and fewbit.plan_of(model).recipe.name != INT4 else 0.9
+        other = isinstance(model, fewbit.Lowered) or (is_quantized(model) and fewbit.plan_of(model).recipe.name != INT4)
+        return 0.5 if other else 0.9
 
     answer = answer_of(mlp, vectors, evaluate)
     assert answer.verdict == "pass" and answer.chosen.recipe == INT4
@@ -97,7 +99,7 @@ def test_only_the_recipe_within_the_budget_is_chosen(mlp: nn.Module, vectors: li
 def test_static_is_not_tried_without_calibration(mlp: nn.Module, vectors: list[Tensor]) -> None:
     answer = autoquantize(mlp, evaluate=lambda _: 0.5, budget=Budget(0.1), example_inputs=vectors[0])
     problems = {trial.recipe: trial.problem for trial in answer.trials}
-    assert problems[STATIC] == "not tried: it needs calibration batches"
+    assert problems["int8-static"] == "not tried: it needs calibration batches"
     assert problems[DYNAMIC] is None and problems[INT4] is None and answer.verdict == "pass"
     assert "not tried: it needs calibration batches" in answer.explain()
 
@@ -125,7 +127,7 @@ def test_own_recipes(mlp: nn.Module, vectors: list[Tensor]) -> None:
 
 
 def test_a_generator_of_batches_serves_all_recipes(mlp: nn.Module, vectors: list[Tensor]) -> None:
-    answer = autoquantize(mlp, calibration=iter(vectors), evaluate=scoring(0.0), budget=Budget(0.01))
+    answer = autoquantize(mlp, calibration=iter(vectors), evaluate=scoring(0.0), budget=Budget(0.01), targets=["torch"])
     assert all(trial.problem is None for trial in answer.trials)
 
 
@@ -196,7 +198,7 @@ def test_mistakes_are_named(mlp: nn.Module, vectors: list[Tensor]) -> None:
     with pytest.raises(EvaluationError, match=r"evaluate\(int8-dynamic\) returned 1 NaN"):
         answer_of(mlp, vectors, lambda model: torch.nan if is_quantized(model) else 1.0)
     with pytest.raises(CalibrationError, match="recipe 'int8-static': calibration batch 1"):
-        answer_of(mlp, [vectors[0], torch.randn(2, 3)], scoring(0.0), recipes=[STATIC])
+        answer_of(mlp, [vectors[0], torch.randn(2, 3)], scoring(0.0), recipes=["int8-static"])
 
 
 def trial(name: str, milliseconds: float, size: int, verdict: Any = "pass") -> Trial:

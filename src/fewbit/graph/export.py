@@ -19,8 +19,10 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 
     The batch is the first axis of every input tensor that agrees in it with the others.
     """
-    level = logging.getLogger("torch.export").level
-    logging.getLogger("torch.export").setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     reason = ""
     try:
         for dynamic in (True, False):
@@ -38,7 +40,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                 first = (str(error).strip().splitlines() or [""])[0]
                 reason = f"torch.export: {type(error).__name__}: {first[:200]}"
     finally:
-        logging.getLogger("torch.export").setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
     return reason
 
 

@@ -101,7 +101,12 @@ class _Fusion:
         grid: Grid = (node.args[1], node.args[2])  # type: ignore[assignment]
         handler = self._handler(value)
         if handler is not None and list(value.users) == [node]:
-            return handler(_source(value), value, grid)
+            call = _source(value)
+            codes = handler(call, value, grid)
+            in_order = call.target is LAYERS[1] or handler == self._move
+            if value.meta["val"].dim() == 4 and not in_order and not self._is_image(node):
+                codes = self._call(_aten.contiguous.default, self._call(_aten.permute.default, codes, [0, 3, 1, 2]))
+            return codes
         x = self._float(value)
         if self._is_image(node):
             x = self._call(_aten.permute.default, x, [0, 2, 3, 1])

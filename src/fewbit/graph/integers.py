@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ MOVES = {
 CLAMPS = {"relu", "relu6", "hardtanh", "clamp", "clamp_min"}
 AVERAGES = {"avg_pool2d", "adaptive_avg_pool2d", "mean"}
 ELEMENTWISE = {"hardswish", "hardsigmoid", "silu", "sigmoid", "tanh", "gelu", "leaky_relu", "elu"}
-IDENTITIES = {"dropout", "alias", "detach"}
+DROPOUTS = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+IDENTITIES = {*DROPOUTS, "alias", "detach"}
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,11 @@ def read_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return program
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
-    _make_functional(module)
+    if reason := _make_functional(module):
+        return reason
     _drop_identities(module)
-    calls = {
-        node: module_of(node)
-        for node in module.graph.nodes
-        if node.target in LAYERS and module_of(node) in layers and _owns_weight(node)
-    }
+    _spell_padding(module)
+    calls = {node: name for node in module.graph.nodes if (name := _layer_of(node, model, module)) in layers}
     examples = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     any_batch = any(isinstance(x, Tensor) and x.dim() and not isinstance(x.shape[0], int) for x in examples)
     made_for = signature((args, kwargs), any_batch)
@@ -119,13 +119,23 @@ def before_clamp(node: Node) -> Node | None:
     return users[0] if len(users) == 1 and is_clamp(users[0]) else None
 
 
-def _owns_weight(call: Node) -> bool:
-    weight = call.args[1]
-    return isinstance(weight, Node) and weight.op == "get_attr" and str(weight.target) == f"{module_of(call)}.weight".lstrip(".")
+def _layer_of(call: Node, model: nn.Module, module: GraphModule) -> str | None:
+    """The first name of the module that makes this call with its own weight."""
+    weight = call.args[1] if call.target in LAYERS else None
+    if not isinstance(weight, Node) or weight.op != "get_attr":
+        return None
+    owner = model.get_submodule(module_of(call))
+    own = owner._parameters.get("weight")
+    if own is None or own.data_ptr() != attrgetter(str(weight.target))(module).data_ptr():
+        return None
+    return next(name for name, found in model.named_modules() if found is owner)
 
 
-def _make_functional(module: GraphModule) -> None:
-    """Operators that write to their first argument replaced by those that do not; who reads it later reads the result."""
+def _make_functional(module: GraphModule) -> str:
+    """Operators that write to their first argument replaced by those that do not; who reads it later reads the result.
+
+    Returns why that cannot be, "" if it can: what is written to is read later as another view of the same memory.
+    """
     for node in list(module.graph.nodes):
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.name.endswith("_") or schema.name.endswith("__"):
@@ -133,20 +143,61 @@ def _make_functional(module: GraphModule) -> None:
         namespace, name = schema.name.split("::")
         functional = getattr(getattr(torch.ops, namespace), name[:-1], None)
         overload = node.target._overloadname or "default"
-        if functional is not None and overload in functional.overloads():
-            written = first(node)
-            written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: node < user)
-            node.target = getattr(functional, overload)
+        written = first(node)
+        others = _views(_base(written)) - {written, node}
+        if functional is None or overload not in functional.overloads() or any(node < u for v in others for u in v.users):
+            return f"{operator_of(node)} writes to memory that is read in another shape: write {operator_of(node)}(x) there"
+        written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: node < user)
+        node.target = getattr(functional, overload)
+    return ""
+
+
+def _base(value: Node) -> Node:
+    """What a value is a view of."""
+    while _is_view(value):
+        value = first(value)
+    return value
+
+
+def _views(base: Node) -> set[Node]:
+    """A value and all views of it."""
+    return {base}.union(*(_views(user) for user in base.users if _is_view(user) and first(user) is base))
+
+
+def _is_view(node: Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return bool(node.args) and any(part.alias_info is not None and not part.alias_info.is_write for part in returns)
 
 
 def _drop_identities(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op == "call_function" and operator_of(node) in IDENTITIES:
-            if operator_of(node) != "dropout" or node.args[2] is False:
+            if operator_of(node) not in DROPOUTS or node.args[2] is False:
                 node.replace_all_uses_with(first(node))
                 module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def _spell_padding(module: GraphModule) -> None:
+    """The paddings "same" and "valid" of convolutions as numbers, what is odd of them as a pad before."""
+    for node in list(module.graph.nodes):
+        if node.target is not torch.ops.aten.conv2d.padding:
+            continue
+        x, weight = node.args[:2]
+        names = ("bias", "stride", "padding", "dilation", "groups")
+        given = dict(zip(names, node.args[2:], strict=False)) | dict(node.kwargs)
+        kernel, dilation = weight.meta["val"].shape[2:], _pair(given.get("dilation", 1))
+        total = [(kernel[i] - 1) * dilation[i] if given.get("padding") == "same" else 0 for i in (0, 1)]
+        if total[0] % 2 or total[1] % 2:
+            value = torch.nn.functional.pad(x.meta["val"], (0, total[1] % 2, 0, total[0] % 2))
+            with module.graph.inserting_before(node):
+                x = module.graph.call_function(torch.ops.aten.pad.default, (x, [0, total[1] % 2, 0, total[0] % 2]))
+            x.meta = {**node.meta, "val": value}
+        padding = [total[0] // 2, total[1] // 2]
+        node.target = torch.ops.aten.conv2d.default
+        node.args = (x, weight, given.get("bias"), _pair(given.get("stride", 1)), padding, dilation, given.get("groups", 1))
+        node.kwargs = {}
 
 
 def _carried(graph: torch.fx.Graph, layers: Mapping[Node, str]) -> set[Node]:
@@ -206,7 +257,8 @@ def _can_carry(node: Node) -> bool:
         shapes = [value.meta["val"].shape for value in values if isinstance(value, Node)]
         return len(shapes) == 2 and shapes[0] == shapes[1] and not node.kwargs and len(node.args) == 2
     if name == "pad":
-        return len(node.args) < 4 and node.kwargs.get("mode", "constant") == "constant" and not node.kwargs.get("value")
+        arguments = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)) | dict(node.kwargs)
+        return arguments.get("mode", "constant") == "constant" and not arguments.get("value")
     if name == "max_pool2d":
         return True
     if name in AVERAGES:

@@ -17,6 +17,7 @@ from fewbit.observers.observer import RangeObserver, State
 from fewbit.spec import QuantSpec
 
 BINS = 4096
+PIECE = 2**19  # values that are sorted into bins at once: they stay in the cache, and memory stays bounded
 SMALLEST_EXPONENT = -100  # bins below 2^-100 tell nothing about a float32 range
 # The shares of a range that each step of a search tries: fine near 1, and down to where one far outlier leaves the rest.
 SHARES = torch.cat(
@@ -49,18 +50,21 @@ class Histogram(RangeObserver):
         }
 
     def update(self, state: State, x: Tensor) -> State:
-        values = x.detach().reshape(-1).cpu()
-        if values.dtype != torch.float64:
-            values = values.float()
+        values = x.detach().cpu()
         low, high = (end.to(torch.float64) for end in values.aminmax())
         exponent = _exponent(torch.minimum(low, state["low"]), torch.maximum(high, state["high"]))
-        # Scaling by a power of two is exact, but for what is small enough to underflow.
-        if int(exponent) > 0:
-            values = values.double()
         scale = 2.0 ** -int(exponent)
         first = torch.floor(low * scale).to(torch.int64)
-        bins = (values * scale).floor_().sub_(int(first)).to(torch.int32)
-        batch = {"counts": torch.bincount(bins), "first": first, "exponent": exponent, "low": low, "high": high}
+        # Scaling by a power of two is exact, but for what is small enough to underflow.
+        exact = torch.float64 if int(exponent) > 0 or values.dtype == torch.float64 else torch.float32
+        size = int(torch.floor(high * scale)) - int(first) + 1
+        counts = torch.zeros(size, dtype=torch.int64)
+        if values.dim() > 1 and not values.is_contiguous():  # an image in channels-last order is read as it lies
+            values = values.permute(sorted(range(values.dim()), key=lambda axis: -values.stride(axis)))
+        for piece in values.reshape(-1).split(PIECE):
+            bins = (piece.to(exact) * scale).floor_().sub_(int(first)).to(torch.int32)
+            counts += torch.bincount(bins, minlength=size)
+        batch = {"counts": counts, "first": first, "exponent": exponent, "low": low, "high": high}
         return self.merge(state, batch)
 
     def merge(self, first: State, second: State) -> State:

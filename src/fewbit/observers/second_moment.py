@@ -18,7 +18,9 @@ class SecondMoment(Observer):
         return {"squares": torch.zeros((), dtype=torch.float64), "count": torch.zeros((), dtype=torch.int64)}
 
     def update(self, state: State, x: Tensor) -> State:
-        squares = x.detach().float().square().flatten(1).sum(1, dtype=torch.float64)
+        values = x.detach().float()
+        rest = list(range(1, values.dim()))
+        squares = torch.linalg.vector_norm(values, dim=rest).double().square() if rest else values.double().square()
         return self.merge(state, {"squares": squares.cpu(), "count": torch.tensor(x.numel() // len(x))})
 
     def merge(self, first: State, second: State) -> State:

@@ -22,7 +22,10 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Trial:
-    """One thing tried. ``size`` in bytes. The float model is the first trial; ``problem`` says why one was not measured."""
+    """One thing tried: a recipe, on a target if what it made was lowered, whose ``operators`` say how much runs in int8.
+
+    ``size`` in bytes. The float model is the first trial; ``problem`` says why one was not measured.
+    """
 
     recipe: str
     size: int | None = None
@@ -33,6 +36,8 @@ class Trial:
     plan: Plan | None = None
     seconds: float = 0.0
     problem: str | None = None
+    target: str | None = None
+    operators: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         scores = None if self.scores is None else self.scores.to_json()
@@ -45,7 +50,8 @@ class Trial:
             "scores": scores,
             "verdict": None if self.verdict is None else asdict(self.verdict),
             "outputs": None if self.outputs is None else self.outputs.to_json(),
-            "summary": None if self.plan is None else self.plan.summary(),
+            "target": self.target,
+            "summary": None if self.plan is None else "\n".join([self.plan.summary(), *filter(None, [self.operators])]),
             "seconds": self.seconds,
             "problem": self.problem,
         }
@@ -58,11 +64,13 @@ class Answer:
     ``verdict``: "pass", a quantized model is within the budget and at least 5 % faster or smaller than float; "no_gain", one
     is within it but neither, or no recipe applies; "not_enough_data", none is shown to be within it but more examples may do
     that; "fail", every one loses more.
-    ``model``: the fastest quantized model that passed, else the float model itself. ``chosen``: its trial.
+    ``model``: the fastest quantized model that passed, as it was measured, else the float model itself. ``quantized``: the same
+    before it was lowered, which can be saved, exported and lowered again. ``chosen``: its trial.
     """
 
     verdict: Literal["pass", "fail", "not_enough_data", "no_gain"]
     model: nn.Module
+    quantized: nn.Module
     chosen: Trial
     trials: tuple[Trial, ...]
     budget: Budget
@@ -92,7 +100,7 @@ class Answer:
     def save(self, path: str | Path) -> Path:
         """Write the chosen model as a checkpoint with report.json; the float model is not written, only the report is."""
         if self.chosen.recipe != FLOAT:
-            return save(self.model, path, self.to_json())
+            return save(self.quantized, path, self.to_json())
         return write_text(Path(path) / REPORT, json.dumps(self.to_json(), indent=1, allow_nan=False)).parent
 
     def report(self, path: str | Path) -> Path:

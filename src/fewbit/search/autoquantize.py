@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from fewbit.batches import Call, evaluating, to_call
-from fewbit.errors import CalibrationError, FewbitError, PlanError, UnsupportedError
+from fewbit.deploy import check_target, installed, lower
+from fewbit.errors import CalibrationError, EvaluationError, FewbitError, PlanError, UnsupportedError
 from fewbit.hardware import probe
-from fewbit.pipeline import plan_of, quantize
+from fewbit.lowering import is_integer
+from fewbit.pipeline import plan_of, quantize, sites_of
 from fewbit.plan import Recipe, load_recipe
 from fewbit.progress import progress
 from fewbit.search.answer import FLOAT, Answer, Trial
@@ -33,8 +35,12 @@ def autoquantize(
     example_inputs: Any = None,
     time_limit: float | None = None,
     recipes: Iterable[str | Recipe] = RECIPES,
+    targets: Iterable[str] | None = None,
 ) -> Answer:
     """Try ``recipes``, measure accuracy, latency and size of each beside the float model, and choose.
+
+    What a static recipe made is measured as each of ``targets`` runs it (see ``lower``; default: "torch" and every engine that
+    is installed), or in plain PyTorch if none of them takes it.
 
     ``calibration``: batches, see ``quantize``; without them recipes that need them are not tried. ``evaluate(model)``:
     1-D per-example scores, higher is better, or one float. ``example_inputs``: the batch whose latency counts (default: the
@@ -44,6 +50,7 @@ def autoquantize(
     """
     start = time.monotonic()
     chosen_recipes = [load_recipe(recipe) for recipe in recipes]
+    engines = installed() if targets is None else [check_target(target) for target in targets]
     names = [FLOAT, *(recipe.name for recipe in chosen_recipes)]
     for name in names:
         if names.count(name) > 1:
@@ -62,19 +69,32 @@ def autoquantize(
     with evaluating(model):
         float_scores = scores_of(evaluate, model, FLOAT)
         models: dict[str, nn.Module] = {FLOAT: model}
+        sources: dict[str, nn.Module] = {FLOAT: model}
         trials = [Trial(FLOAT, size=tensor_bytes(model), scores=paired(float_scores, float_scores))]
         for recipe in progress(chosen_recipes, "trying recipes"):
             began = time.monotonic()
             if time_limit is not None and began - start > time_limit:
                 trials.append(Trial(recipe.name, problem=f"not tried: the time limit of {time_limit:g} s was over"))
                 continue
-            trial, candidate = _try(model, recipe, calibration)
-            if candidate is not None:
-                scores = paired(float_scores, scores_of(evaluate, candidate, recipe.name))
-                outputs = _output_error(model, candidate, call)
-                trial = replace(trial, scores=scores, outputs=outputs, seconds=time.monotonic() - began)
-                models[recipe.name] = candidate
-            trials.append(trial)
+            trial, quantized = _try(model, recipe, calibration)
+            if quantized is None:
+                trials.append(trial)
+                continue
+            began, quantizing = time.monotonic(), time.monotonic() - began
+            for trial, candidate in _lowered(trial, quantized, example_inputs, engines):
+                try:
+                    if candidate is not None:
+                        scores = paired(float_scores, scores_of(evaluate, candidate, trial.recipe))
+                        outputs = _output_error(model, candidate, call)
+                        seconds = quantizing + time.monotonic() - began
+                        trial = replace(trial, scores=scores, outputs=outputs, seconds=seconds)
+                        models[trial.recipe], sources[trial.recipe] = candidate, quantized
+                except EvaluationError as error:
+                    if trial.target is None or not isinstance(error.__cause__, CalibrationError):
+                        raise
+                    trial = replace(trial, problem=f"not measured: {error.__cause__}")
+                trials.append(trial)
+                began = time.monotonic()
         timed = latencies(models, call)
     count = len(models) - 1
     judged = []
@@ -86,6 +106,7 @@ def autoquantize(
     return Answer(
         verdict=verdict,
         model=models[best.recipe],
+        quantized=sources[best.recipe],
         chosen=best,
         trials=tuple(judged),
         budget=budget,
@@ -107,6 +128,23 @@ def _try(model: nn.Module, recipe: Recipe, calibration: Any) -> tuple[Trial, nn.
     if plan.share < GAIN:
         return Trial(recipe.name, problem=f"not tried: it reaches only {100 * plan.share:.1f} % of the weights"), None
     return Trial(recipe.name, size=tensor_bytes(candidate), plan=plan), candidate
+
+
+def _lowered(
+    trial: Trial, quantized: nn.Module, example_inputs: Any, targets: list[str]
+) -> list[tuple[Trial, nn.Module | None]]:
+    """The quantized model as each target runs it, with what it is to be measured as."""
+    if not any(is_integer(layer) for _, layer in sites_of(quantized)):
+        return [(trial, quantized)]
+    found: list[tuple[Trial, nn.Module | None]] = []
+    for target in targets:
+        own = replace(trial, recipe=f"{trial.recipe} on {target}", target=target)
+        try:
+            lowered = lower(quantized, example_inputs, target)
+            found.append((replace(own, operators=lowered.summary()), lowered))
+        except UnsupportedError as error:
+            found.append((replace(own, size=None, problem=f"not tried: {error}"), None))
+    return found if any(lowered is not None for _, lowered in found) else [*found, (trial, quantized)]
 
 
 def _output_error(model: nn.Module, candidate: nn.Module, call: Call) -> OutputError | None:
