@@ -134,7 +134,6 @@ struct Codes {
   static F most(F a, F b) { return _mm512_max_ps(a, b); }
   static F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static I round(F v) { return _mm512_cvtps_epi32(v); }
-  static I widen(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void widen(I v, I (&out)[4]) {
     const I rows[4] = {v, zero(), zero(), zero()};
     interleave(rows, out);

@@ -27,8 +27,6 @@ struct Codes128 {
   static F all(float v) { return _mm_set1_ps(v); }
   static I all8(int v) { return _mm_set1_epi8(static_cast<char>(v)); }
   static I all16(int v) { return _mm_set1_epi16(static_cast<int16_t>(v)); }
-  static I subtract(I a, I b) { return _mm_sub_epi32(a, b); }
-  static F add(F a, F b) { return _mm_add_ps(a, b); }
   static F times(F a, F b) { return _mm_mul_ps(a, b); }
   static F least(F a, F b) { return _mm_min_ps(a, b); }
   static F most(F a, F b) { return _mm_max_ps(a, b); }
@@ -95,7 +93,6 @@ struct Codes256 {
   static F most(F a, F b) { return _mm256_max_ps(a, b); }
   static F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static I round(F v) { return _mm256_cvtps_epi32(v); }
-  static I widen(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
   static void widen(I v, I (&out)[4]) {
     const I a = _mm256_unpacklo_epi8(v, zero()), b = _mm256_unpackhi_epi8(v, zero());
     out[0] = _mm256_unpacklo_epi16(a, zero());

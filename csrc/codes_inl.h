@@ -1,4 +1,4 @@
-// Codes one by one, and means of windows of them; with an instruction set's vectors `Codes`.
+// Codes one by one, and means and the largest ones of windows of them; with an instruction set's vectors `Codes`.
 #pragma once
 
 #include "rescale_inl.h"
@@ -63,64 +63,93 @@ void dequantize_codes(const uint8_t* x, int64_t count, float scale, int32_t zero
   for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(x[i] - zero_point) * scale;
 }
 
-void add_codes(const uint8_t* a, float multiplier, int32_t zero_point, int64_t begin, int64_t end, const Rescale& result) {
-  const Rescaler<Codes> rescaler(result);
-  const Codes::F factor = Codes::all(multiplier);
-  const Codes::I zero = Codes::all(zero_point);
+void add_codes(const Add& add, int64_t begin, int64_t end) {
+  const Rescaler<Codes> rescaler(add.result);
+  const Codes::F a_multiplier = Codes::all(add.a_multiplier), b_multiplier = Codes::all(add.b_multiplier);
+  const Codes::I a_zero = Codes::all(add.a_zero_point), b_zero = Codes::all(add.b_zero_point);
   for_vectors(begin, end, [&](int64_t first, int64_t n) {
     const bool whole = n == Codes::kBytes;
-    Codes::I t[4], other[4];
-    Codes::widen(whole ? Codes::load(a + first) : Codes::load_part(a + first, n), t);
-    Codes::widen(whole ? Codes::load(result.other + first) : Codes::load_part(result.other + first, n), other);
+    Codes::I a[4], b[4];
+    Codes::widen(whole ? Codes::load(add.a + first) : Codes::load_part(add.a + first, n), a);
+    Codes::widen(whole ? Codes::load(add.b + first) : Codes::load_part(add.b + first, n), b);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q)
-      t[q] = rescaler.rounded(rescaler.with_other(rescaler.scaled(Codes::subtract(t[q], zero), factor), other[q]));
-    const Codes::I codes = rescaler.codes(t);
-    uint8_t* out = static_cast<uint8_t*>(result.out) + first;
+      a[q] = rescaler.rounded(Codes::add(rescaler.scaled(Codes::subtract(a[q], a_zero), a_multiplier),
+                                         rescaler.scaled(Codes::subtract(b[q], b_zero), b_multiplier)));
+    const Codes::I codes = rescaler.codes(a);
+    uint8_t* out = static_cast<uint8_t*>(add.result.out) + first;
     whole ? Codes::store(out, codes) : Codes::store_part(out, codes, n);
   });
 }
 
-// One mean for each channel: of the codes in rows [y0, y1) and columns [x0, x1) of an image.
-void average_window(const Average& a, const uint8_t* image, const int64_t (&y)[2], const int64_t (&x)[2],
-                    const Rescaler<Codes>& rescaler, uint8_t* out) {
-  const int64_t inside = (y[1] > y[0] ? y[1] - y[0] : 0) * (x[1] > x[0] ? x[1] - x[0] : 0);
-  const Codes::I start = Codes::all(static_cast<int32_t>(-inside * a.input_zero_point));
-  const Codes::F multiplier = Codes::all(a.multiplier);
-  const Codes::F count = Codes::all(static_cast<float>(a.count_padding ? a.kernel[0] * a.kernel[1] : inside));
-  for_vectors(0, a.channels, [&](int64_t first, int64_t n) {
-    const bool whole = n == Codes::kBytes;
-    Codes::I sums[4] = {start, start, start, start}, codes[4];
-    for (int64_t row = y[0]; row < y[1]; ++row)
-      for (int64_t column = x[0]; column < x[1]; ++column) {
-        const uint8_t* from = image + (row * a.width + column) * a.channels + first;
-        Codes::widen(whole ? Codes::load(from) : Codes::load_part(from, n), codes);
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) sums[q] = Codes::add(sums[q], codes[q]);
-      }
-#pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) sums[q] = rescaler.rounded(Codes::divide(rescaler.scaled(sums[q], multiplier), count));
-    const Codes::I result = rescaler.codes(sums);
-    whole ? Codes::store(out + first, result) : Codes::store_part(out + first, result, n);
-  });
+// The positions of an image that one window has, in steps: rows [y0, y1) and columns [x0, x1).
+struct Inside {
+  const uint8_t* image;
+  int64_t y0, y1, x0, x1;
+};
+
+// The first position from `first` on, in steps, that is not before the image.
+inline int64_t entered(int64_t first, int64_t step) { return first < 0 ? (-first + step - 1) / step * step + first : first; }
+
+// f(window, its pixel of the output) for all windows of rows [begin, end) of the output.
+template <class F> __attribute__((always_inline)) inline void for_windows(const Pool& p, int64_t begin, int64_t end, const F& f) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t top = row % p.out_height * p.stride[0] - p.padding[0];
+    const int64_t bottom = top + (p.kernel[0] - 1) * p.dilation[0] + 1;
+    Inside w{p.x + row / p.out_height * p.height * p.width * p.channels, entered(top, p.dilation[0]),
+             bottom < p.height ? bottom : p.height, 0, 0};
+    for (int64_t column = 0; column < p.out_width; ++column) {
+      const int64_t left = column * p.stride[1] - p.padding[1], right = left + (p.kernel[1] - 1) * p.dilation[1] + 1;
+      w.x0 = entered(left, p.dilation[1]);
+      w.x1 = right < p.width ? right : p.width;
+      f(w, p.out + (row * p.out_width + column) * p.channels);
+    }
+  }
 }
 
 void average(const Average& a, int64_t begin, int64_t end) {
-  Rescale codes{};
-  codes.high = 255;
-  codes.codes = true;
-  codes.zero_point = a.zero_point;
-  const Rescaler<Codes> rescaler(codes);
-  for (int64_t row = begin; row < end; ++row) {
-    const uint8_t* image = a.x + row / a.out_height * a.height * a.width * a.channels;
-    const int64_t top = row % a.out_height * a.stride[0] - a.padding[0], bottom = top + a.kernel[0];
-    const int64_t y[2] = {top < 0 ? 0 : top, bottom < a.height ? bottom : a.height};
-    for (int64_t column = 0; column < a.out_width; ++column) {
-      const int64_t left = column * a.stride[1] - a.padding[1], right = left + a.kernel[1];
-      const int64_t x[2] = {left < 0 ? 0 : left, right < a.width ? right : a.width};
-      average_window(a, image, y, x, rescaler, a.out + (row * a.out_width + column) * a.channels);
-    }
-  }
+  const Pool& p = a.pool;
+  Rescale to{};
+  to.high = 255;
+  to.codes = true;
+  to.zero_point = a.zero_point;
+  const Rescaler<Codes> rescaler(to);
+  const Codes::F multiplier = Codes::all(a.multiplier);
+  for_windows(p, begin, end, [&](const Inside& w, uint8_t* out) {
+    const int64_t inside = (w.y1 > w.y0 ? w.y1 - w.y0 : 0) * (w.x1 > w.x0 ? w.x1 - w.x0 : 0);
+    const Codes::I start = Codes::all(static_cast<int32_t>(-inside * a.input_zero_point));
+    const Codes::F count = Codes::all(static_cast<float>(a.count_padding ? p.kernel[0] * p.kernel[1] : inside));
+    for_vectors(0, p.channels, [&](int64_t first, int64_t n) {
+      const bool whole = n == Codes::kBytes;
+      Codes::I sums[4] = {start, start, start, start}, codes[4];
+      for (int64_t y = w.y0; y < w.y1; ++y)
+        for (int64_t x = w.x0; x < w.x1; ++x) {
+          const uint8_t* from = w.image + (y * p.width + x) * p.channels + first;
+          Codes::widen(whole ? Codes::load(from) : Codes::load_part(from, n), codes);
+#pragma GCC unroll 4
+          for (int q = 0; q < 4; ++q) sums[q] = Codes::add(sums[q], codes[q]);
+        }
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) sums[q] = rescaler.rounded(Codes::divide(rescaler.scaled(sums[q], multiplier), count));
+      const Codes::I result = rescaler.codes(sums);
+      whole ? Codes::store(out + first, result) : Codes::store_part(out + first, result, n);
+    });
+  });
+}
+
+void max_pool(const Pool& p, int64_t begin, int64_t end) {
+  for_windows(p, begin, end, [&](const Inside& w, uint8_t* out) {
+    for_vectors(0, p.channels, [&](int64_t first, int64_t n) {
+      const bool whole = n == Codes::kBytes;
+      Codes::I most = Codes::zero();
+      for (int64_t y = w.y0; y < w.y1; y += p.dilation[0])
+        for (int64_t x = w.x0; x < w.x1; x += p.dilation[1]) {
+          const uint8_t* from = w.image + (y * p.width + x) * p.channels + first;
+          most = Codes::most_bytes(most, whole ? Codes::load(from) : Codes::load_part(from, n));
+        }
+      whole ? Codes::store(out + first, most) : Codes::store_part(out + first, most, n);
+    });
+  });
 }
 
 void lookup(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* out) {

@@ -57,7 +57,7 @@ __attribute__((always_inline)) inline void add_products(const uint8_t* x, int64_
 }
 
 // Results of `R` pixels from `pixel` on, `count` outputs (at most those of P panels) from `output` on. `Plain`: codes of
-// bounded sums, and there is no other tensor to add.
+// bounded sums.
 template <bool Plain, int R, int P>
 __attribute__((always_inline)) inline void put_results(Codes::I (&sums)[R][P], const Rescaler<Codes>& rescaler,
                                                        const Rescale& to, const Codes::F (&multiplier)[P], int64_t outputs,
@@ -76,12 +76,7 @@ __attribute__((always_inline)) inline void put_results(Codes::I (&sums)[R][P], c
       }
       const int64_t place = (pixel + row) * outputs + output + p * Codes::kLanes;
       const int64_t left = count - p * Codes::kLanes;
-      Codes::F t = rescaler.scaled(sums[row][p], multiplier[p]);
-      if (!Plain && to.other) {
-        const bool whole = left >= Codes::kLanes;
-        const uint8_t* other = to.other + place;
-        t = rescaler.with_other(t, Codes::widen(whole ? other : Filled<Codes::kBytes>(other, left).bytes));
-      }
+      const Codes::F t = rescaler.scaled(sums[row][p], multiplier[p]);
       if (Plain || to.codes) {
         rounded[i] = rescaler.template rounded<Plain>(t);
       } else if (left >= Codes::kLanes) {
@@ -126,7 +121,7 @@ void multiply_tile(const Product& a, const Rescaler<Codes>& rescaler, int64_t pi
   }
   add_products<Dot>(a.x + (pixel - a.first) * a.row_bytes, a.row_bytes, a.steps, a.panels + panel * a.panel_bytes,
                     a.panel_bytes, sums);
-  if (a.to->codes && a.to->bounded && !a.to->other) {
+  if (a.to->codes && a.to->bounded) {
     put_results<true>(sums, rescaler, *a.to, multiplier, a.outputs, pixel, output, count);
   } else {
     put_results<false>(sums, rescaler, *a.to, multiplier, a.outputs, pixel, output, count);

@@ -218,7 +218,7 @@ template <class V, class Dot> class Depthwise {
         }
       }
     }
-    const bool plain = c_.result.codes && c_.result.bounded && !c_.result.other && valid_ == kBytes;
+    const bool plain = c_.result.codes && c_.result.bounded && valid_ == kBytes;
     plain ? put_tile<true>(sums, pixel) : put_tile<false>(sums, pixel);
   }
 
@@ -231,7 +231,7 @@ template <class V, class Dot> class Depthwise {
       for (int t = 0; t < T; ++t) put<Plain>(sums[r][t], rescaler, pixel + r * c_.out_width + t);
   }
 
-  // `Plain`: codes of a whole block and of bounded sums, and there is no other tensor to add.
+  // `Plain`: codes of a whole block and of bounded sums.
   template <bool Plain>
   __attribute__((always_inline)) void put(const I (&sums)[4], const Rescaler<V>& rescaler, int64_t pixel) {
     const Rescale& to = c_.result;
@@ -239,11 +239,6 @@ template <class V, class Dot> class Depthwise {
     typename V::F t[4];
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) t[q] = rescaler.scaled(sums[q], V::floats(multiplier_ + q * V::kLanes));
-    if (!Plain && to.other) {
-      I other[4];
-      V::widen(valid_ == kBytes ? V::load(to.other + place) : V::load_part(to.other + place, valid_), other);
-      for (int q = 0; q < 4; ++q) t[q] = rescaler.with_other(t[q], other[q]);
-    }
     if (!Plain && !to.codes) {
       put_floats(t, static_cast<float*>(to.out) + place);
       return;

@@ -77,14 +77,11 @@ struct PackHeader {
 };
 constexpr uint32_t kPackMagic = 0x38627766;
 
-// What becomes of int32 sums [pixels, outputs]: t = (sum + offset) * multiplier + (other - other_zero_point) *
-// other_multiplier; the result is clamp(round(t) + zero_point, low, high) as uint8, or clamp(t, low, high) as float32.
+// What becomes of int32 sums [pixels, outputs]: t = (sum + offset) * multiplier; the result is clamp(round(t) + zero_point,
+// low, high) as uint8, or clamp(t, low, high) as float32.
 struct Rescale {
   const float* multiplier; // [outputs], as is offset
   const int32_t* offset;
-  const uint8_t* other; // [pixels, outputs]; null: none
-  float other_multiplier;
-  int32_t other_zero_point;
   float low, high;
   bool codes;   // else float32
   bool bounded; // whether every sum times its multiplier is within int32
@@ -107,16 +104,31 @@ struct Conv {
   int64_t pixels() const { return batch * out_height * out_width; }
 };
 
-// Means of uint8 codes over windows of an image; as Rescale has it, with t = sum * multiplier / count.
-struct Average {
+// Sums of two tensors of codes; as Rescale has it, with t = (a - a_zero_point) * a_multiplier + the same of b.
+struct Add {
+  const uint8_t *a, *b;
+  float a_multiplier, b_multiplier;
+  int32_t a_zero_point, b_zero_point;
+  Rescale result;
+};
+
+// Windows of images [batch, height, width, channels], each of which becomes one pixel: of the largest codes, or of means.
+struct Pool {
   const uint8_t* x;
   int64_t batch, height, width, channels;
   int64_t out_height, out_width;
-  int64_t kernel[2], stride[2], padding[2];
+  int64_t kernel[2], stride[2], padding[2], dilation[2];
+  uint8_t* out;
+
+  int64_t rows() const { return batch * out_height; }
+};
+
+// Means of codes; as Rescale has it, with t = sum * multiplier / count.
+struct Average {
+  Pool pool; // without dilation
   bool count_padding;
   float multiplier;
   int32_t input_zero_point, zero_point;
-  uint8_t* out;
 };
 
 struct Kernels {
@@ -169,9 +181,9 @@ struct Kernels {
   void (*quantize_planes)(const float* x, int64_t plane, int64_t channels, int64_t begin, int64_t end, float scale,
                           int32_t zero_point, uint8_t* out);
   void (*dequantize_codes)(const uint8_t* x, int64_t count, float scale, int32_t zero_point, float* out);
-  // The sum of what `a` stands for and result.other, for elements [begin, end).
-  void (*add_codes)(const uint8_t* a, float multiplier, int32_t zero_point, int64_t begin, int64_t end, const Rescale& result);
+  void (*add_codes)(const Add&, int64_t begin, int64_t end);   // elements
   void (*average)(const Average&, int64_t begin, int64_t end); // rows of the output, of all images
+  void (*max_pool)(const Pool&, int64_t begin, int64_t end);   // the same; what surrounds the image does not count
   void (*lookup)(const uint8_t* x, int64_t count, const uint8_t* table, uint8_t* out);
 };
 

@@ -74,7 +74,6 @@ struct PlainCodes {
   static I round(F v) {
     return each<I>([=](int i) { return v[i] > -1e9f ? static_cast<int32_t>(__builtin_rintf(v[i])) : INT32_MIN; });
   }
-  static I widen(const uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
   static void widen(I v, I (&out)[4]) {
     for (int q = 0; q < 4; ++q) out[q] = each<I>([=](int i) { return byte(v, 4 * q + i); });
   }

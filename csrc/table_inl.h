@@ -38,6 +38,7 @@ constexpr Kernels table(const char* name) {
           dequantize_codes,
           add_codes,
           average,
+          max_pool,
           lookup};
 }
 

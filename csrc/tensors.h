@@ -25,8 +25,9 @@ inline Tensor contiguous_of(const Tensor& x) { return x.is_contiguous() ? x : to
 
 // `type`: uint8 or one that Type has.
 inline Tensor new_tensor(const std::vector<int64_t>& shape, ScalarType type) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  std::vector<int64_t> strides(shape);
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
   const int32_t dtype = type == ScalarType::Float      ? aoti_torch_dtype_float32()
                         : type == ScalarType::Byte     ? aoti_torch_dtype_uint8()
                         : type == ScalarType::BFloat16 ? aoti_torch_dtype_bfloat16()

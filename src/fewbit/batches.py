@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fewbit.errors import CalibrationError
 
@@ -93,6 +94,32 @@ def run(model: nn.Module, call: Call, where: str) -> Any:
         raise CalibrationError(
             f"{where}: {type(model).__name__} raised {type(error).__name__} on {call.describe()}: {first}{hint}"
         ) from error
+
+
+def chunks(batches: Iterable[Call], size: int, most: int) -> Iterator[Call]:
+    """The first ``most`` examples in pieces of at most ``size``; batches whose tensors do not share a first axis whole."""
+    seen = 0
+    for call in batches:
+        tensors = [x for x in pytree.tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor) and x.dim()]
+        counts = {len(x) for x in tensors}
+        if len(counts) != 1:
+            yield call
+            seen += 1
+        else:
+            count = counts.pop()
+            for begin in range(0, min(count, most - seen), size):
+                yield _part(call, begin, min(begin + size, count, most - seen))
+            seen += count
+        if seen >= most:
+            return
+
+
+def _part(call: Call, begin: int, end: int) -> Call:
+    def cut(x: Tensor) -> Tensor:
+        return x[begin:end] if x.dim() else x
+
+    args, kwargs = pytree.tree_map_only(Tensor, cut, (call.args, call.kwargs))
+    return Call(args, kwargs)
 
 
 @contextlib.contextmanager

@@ -99,8 +99,7 @@ class _Watching:
             return see
 
         handles = [
-            self.model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
-            for name in names
+            self.model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names
         ]
         try:
             yield

@@ -16,17 +16,17 @@ has no more.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from fewbit.batches import Call, run
+from fewbit.batches import Call, chunks, run
 from fewbit.calibration import Grid
-from fewbit.graph import batch_size
+from fewbit.errors import CalibrationError
 from fewbit.nn import layer_class
 from fewbit.plan import Plan
 from fewbit.progress import progress
@@ -102,11 +102,14 @@ def correct(
         assert isinstance(bias, Tensor)
 
         def hook(module: nn.Module, args: Any, z: Tensor) -> Tensor:
-            y = recorded[name].pop(0)
+            y = recorded[name].pop(0) if recorded[name] else None
+            # The data may take another way here than through the float model.
+            if y is None or y.shape != z.shape or not z.numel():
+                return z
             shape = [-1 if index == axis % z.dim() else 1 for index in range(z.dim())]
             offset = bias.detach().reshape(shape)
             z = z - offset
-            rows = [x.movedim(axis, 0).flatten(1).float() for x in (y - offset, z)]
+            rows = [x.movedim(axis, 0).reshape(x.shape[axis], -1).float() for x in (y - offset, z)]
             fits[name].update(*rows)
             alpha, beta = solved[name] = fits[name].solve(kind)
             return z * alpha.to(z.dtype).reshape(shape) + (beta.to(z.dtype).reshape(shape) + offset)
@@ -118,11 +121,15 @@ def correct(
     simulated = copy.deepcopy(twin, {id(p): p for p in twin.parameters()})
     for name in names:
         original.get_submodule(name).register_forward_hook(record(name))
-    _simulate(simulated, plan, weights, grids)
+    simulate(simulated, plan, weights, grids)
     for name in names:
         simulated.get_submodule(name).register_forward_hook(fit(name))
     if names:
-        for number, call in enumerate(progress(_chunks(original, recorded, batches), "correcting")):
+        batches = iter(batches)
+        head = next(batches)
+        size = _chunk_size(original, recorded, head)
+        parts = chunks(itertools.chain([head], batches), size, EXAMPLES)
+        for number, call in enumerate(progress(parts, "correcting")):
             run(original, call, f"calibration chunk {number}")
             run(simulated, call, f"calibration chunk {number}")
             for kept in recorded.values():
@@ -162,7 +169,7 @@ def _channel_axis(module: nn.Module) -> int:
     return axis
 
 
-def _simulate(
+def simulate(
     model: nn.Module,
     plan: Plan,
     weights: Mapping[str, Mapping[str, QTensor]],
@@ -188,31 +195,14 @@ def _simulate(
             module._parameters[key] = nn.Parameter(rounded, requires_grad=False)
 
 
-def _chunks(original: nn.Module, recorded: Mapping[str, list[Tensor]], batches: Iterable[Call]) -> Iterator[Call]:
-    """The first EXAMPLES examples, in pieces whose results take about CHUNK_BYTES."""
-    seen, size = 0, 0
-    for call in batches:
-        count = batch_size((call.args, call.kwargs))
-        if count is None:  # cannot be divided
-            yield call
-            seen += 1
-        else:
-            if size == 0:
-                run(original, _part(call, 0, 1), "calibration batch 0")
-                one = sum(y.nbytes for kept in recorded.values() for y in kept)
-                for kept in recorded.values():
-                    kept.clear()
-                size = max(1, CHUNK_BYTES // max(1, one))
-            for begin in range(0, min(count, EXAMPLES - seen), size):
-                yield _part(call, begin, min(begin + size, count, begin + EXAMPLES - seen))
-            seen += count
-        if seen >= EXAMPLES:
-            return
-
-
-def _part(call: Call, begin: int, end: int) -> Call:
-    def cut(x: Tensor) -> Tensor:
-        return x[begin:end] if x.dim() else x
-
-    args, kwargs = pytree.tree_map_only(Tensor, cut, (call.args, call.kwargs))
-    return Call(args, kwargs)
+def _chunk_size(original: nn.Module, recorded: Mapping[str, list[Tensor]], call: Call) -> int:
+    """How many examples at a time have about CHUNK_BYTES of results."""
+    try:
+        for one in chunks([call], 1, 1):
+            run(original, one, "calibration batch 0")
+    except CalibrationError:  # the first axis is no batch
+        return EXAMPLES
+    size = sum(y.nbytes for kept in recorded.values() for y in kept)
+    for kept in recorded.values():
+        kept.clear()
+    return max(1, CHUNK_BYTES // max(1, size))

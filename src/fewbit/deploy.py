@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,6 @@ def _difference(made: Lowered, model: nn.Module, call: Call) -> float:
 
 
 def _card(proto: Any, model: nn.Module, made: Lowered, notes: str) -> dict[str, Any]:
-    from fewbit import __version__
-
     def described(item: Any) -> dict[str, Any]:
         import onnx
 
@@ -116,7 +115,7 @@ def _card(proto: Any, model: nn.Module, made: Lowered, notes: str) -> dict[str, 
 
     plan = plan_of(model)
     return {
-        "fewbit": __version__,
+        "fewbit": version("fewbit"),
         "target": made.target,
         "recipe": plan.recipe.name,
         "inputs": [described(item) for item in proto.graph.input],
@@ -127,4 +126,3 @@ def _card(proto: Any, model: nn.Module, made: Lowered, notes: str) -> dict[str, 
         "difference from fewbit's kernels": made.difference,
         "versions": {"torch": torch.__version__, "onnx opset": proto.opset_import[0].version},
     }
-

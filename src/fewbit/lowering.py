@@ -33,10 +33,14 @@ def explicit_graph(model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
         )
     dtypes = {layer.dtype for layer in layers.values()} - {torch.float32}
     if dtypes:
-        raise UnsupportedError(f"engines take float32, this {type(model).__name__} is {dtypes.pop()}: quantize model.float().")
+        raise UnsupportedError(
+            f"engines take float32, this {type(model).__name__} is {dtypes.pop()}: quantize model.float()."
+        )
     graph = read_graph(_float_layers(model, layers), call.args, call.kwargs, layers)
     if not isinstance(graph, Graph):
         raise UnsupportedError(f"this {type(model).__name__} cannot be lowered: {graph}")
+    if not graph.layers:
+        raise UnsupportedError(f"engines take batches of images and vectors, found {call.describe()}.")
     module = explicit(graph, {name: _integer_layer(layer) for name, layer in layers.items()}, plan.results)
     return module, graph.any_batch
 
@@ -96,7 +100,7 @@ def _float_layer(layer: QuantizedLayer) -> nn.Module:
             geometry.dilation,  # type: ignore[arg-type]
             geometry.groups,
             bias is not None,
-            layer.padding_mode,
+            layer.padding_mode,  # type: ignore[arg-type]
             device="meta",
         )
         if layer.padding_mode != "zeros":
@@ -109,5 +113,3 @@ def _float_layer(layer: QuantizedLayer) -> nn.Module:
     if bias is not None:
         module.bias = nn.Parameter(bias.detach(), requires_grad=False)
     return module.eval()
-
-

@@ -23,6 +23,8 @@ from fewbit.observers import SecondMoment
 from fewbit.plan import Plan, Recipe, load_recipe, make_plan
 from fewbit.progress import progress
 from fewbit.qtensor import QTensor, empty
+from fewbit.ranges import input_grids
+from fewbit.sensitivity import sensitive_ends
 from fewbit.transforms import TRANSFORMS
 
 PLAN = "fewbit_plan"  # the attribute of a quantized model that holds its plan
@@ -54,6 +56,7 @@ def quantize(
     plan = make_plan(twin, recipe)
     plan = replace(plan, transforms=places, skipped={**plan.skipped, **unread})
     statistics: Statistics = {}
+    graph: Graph | None = None
     again: list[Call] = []  # what an iterator gives only once
     if (
         batches is not None
@@ -61,17 +64,28 @@ def quantize(
         and any(observers_of(site, twin.get_submodule(name)) for name, site in plan.sites.items())
     ):
         stream = itertools.chain([first], batches)
-        if isinstance(calibration, Iterator) and recipe.correction is not None:
+        if isinstance(calibration, Iterator):
             stream = itertools.chain(again := list(itertools.islice(stream, EXAMPLES)), stream)
         # On a twin of its own: modules may count their calls or keep what they saw.
         graph, unread = _find_graph(_twin(twin), plan, first)
         statistics = calibrate(_twin(twin), plan, stream, graph)
         plan = _without_unreached(plan, statistics, twin)
         plan = replace(plan, skipped={**plan.skipped, **unread}, results=_results(plan, statistics, graph))
-    weights, grids = _quantized_weights(twin, plan, statistics), _input_grids(plan, statistics)
-    biases: dict[str, Tensor] = {}
-    if recipe.correction is not None and statistics:
-        weights, biases = correct(twin, plan, weights, grids, again or calls(model, calibration), recipe.correction)
+
+    def examples() -> Iterable[Call]:
+        return again or calls(model, calibration)
+
+    rounded = _quantized_weights(twin, plan, statistics)
+    shared = () if graph is None else graph.inputs().values()
+    grids = input_grids(twin, plan, statistics, shared, examples() if statistics else ())
+    weights, biases = _corrected(twin, plan, rounded, grids, examples())
+    if recipe.sensitive is not None and statistics:
+        static = [name for name, grid in grids.items() if grid is not None]
+        order = static if graph is None else list(graph.layers.values())
+        sensitive = sensitive_ends(twin, plan, order, weights, grids, biases, examples())
+        if sensitive:
+            plan = _without(plan, sensitive, twin)
+            weights, biases = _corrected(twin, plan, rounded, {name: grids[name] for name in plan.sites}, examples())
     twin = _swap(twin, plan, weights, grids)
     for name, bias in biases.items():
         twin.get_submodule(name)._parameters["bias"] = nn.Parameter(bias)
@@ -186,7 +200,9 @@ def _find_graph(twin: nn.Module, plan: Plan, first: Call) -> tuple[Graph | None,
     """The graph of the float twin if the recipe needs one, or why there is none."""
     if plan.recipe.results is None:
         return None, {}
-    layers = {name for name, site in plan.sites.items() if site.scheme.input is not None and site.scheme.input.is_static}
+    layers = {
+        name for name, site in plan.sites.items() if site.scheme.input is not None and site.scheme.input.is_static
+    }
     graph = read_graph(twin, first.args, first.kwargs, layers)
     if isinstance(graph, str):
         return None, {"values between layers": graph}
@@ -211,15 +227,30 @@ def _without_unreached(plan: Plan, statistics: Statistics, twin: nn.Module) -> P
         for name, site in plan.sites.items()
         if site.scheme.input is not None and site.scheme.input.is_static and name not in statistics
     }
-    if not unreached:
-        return plan
+    return _without(plan, unreached, twin) if unreached else plan
+
+
+def _without(plan: Plan, reasons: dict[str, str], twin: nn.Module) -> Plan:
+    """The plan with these sites left in float."""
     recipe = plan.recipe
-    for name in unreached:
+    for name in reasons:
         recipe = recipe.override(name, None)
     again = make_plan(twin, recipe)
-    return replace(
-        again, recipe=plan.recipe, transforms=plan.transforms, skipped={**again.skipped, **plan.skipped, **unreached}
-    )
+    skipped = {**again.skipped, **plan.skipped, **reasons}
+    return replace(again, recipe=plan.recipe, transforms=plan.transforms, skipped=skipped, results=plan.results)
+
+
+def _corrected(
+    twin: nn.Module,
+    plan: Plan,
+    weights: Mapping[str, Mapping[str, QTensor]],
+    grids: Mapping[str, Grid | None],
+    batches: Iterable[Call],
+) -> tuple[Mapping[str, Mapping[str, QTensor]], dict[str, Tensor]]:
+    """Weights and new biases after the recipe's correction, if it has one and there is something to correct."""
+    if plan.recipe.correction is None or all(grid is None for grid in grids.values()):
+        return weights, {}
+    return correct(twin, plan, weights, grids, batches, plan.recipe.correction)
 
 
 def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> dict[str, dict[str, QTensor]]:
@@ -252,20 +283,10 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> d
     return result
 
 
-def _input_grids(plan: Plan, statistics: Statistics) -> dict[str, Grid | None]:
-    grids: dict[str, Grid | None] = {}
-    for name, site in plan.sites.items():
-        spec = site.scheme.input
-        grids[name] = None
-        if spec is not None and spec.observer is not None:
-            grids[name] = grid_of(statistics[name]["input"], spec, f"the input of {name!r}")
-    return grids
-
-
 def _swap(
     twin: nn.Module,
     plan: Plan,
-    weights: dict[str, dict[str, QTensor]],
+    weights: Mapping[str, Mapping[str, QTensor]],
     grids: Mapping[str, Grid | None],
 ) -> nn.Module:
     """Replace the sites by quantized layers, in place; returns the model (the layer, if the model is one layer)."""

@@ -61,7 +61,7 @@ template <class Random> void check_conv(const Kernels& k, Random& random, int64_
   k.pack_filter(f, weight.data(), packed.data());
   const int64_t threads = random.of(1, 3);
   const auto run = [&](void* to, bool as_codes) {
-    c.result = {multiplier.data(), offset.data(), nullptr, 0, 0, as_codes ? 5.0f : -1e30f, as_codes ? 250.0f : 1e30f, as_codes,
+    c.result = {multiplier.data(), offset.data(), as_codes ? 5.0f : -1e30f, as_codes ? 250.0f : 1e30f, as_codes,
                 as_codes, 100, to};
     const int64_t tasks = k.conv_tasks(c, threads), middle = random.of(0, tasks);
     k.conv(c, threads, middle, tasks);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -160,3 +161,42 @@ def test_importance_follows_the_channels_that_weights_multiply(cls: type[nn.Modu
     with torch.no_grad():
         module.weight.copy_(weight)
     assert torch.equal(importance, Conv.matrices(module)["weight"].detach())
+
+
+def pair_names(module: nn.Module) -> list[set[tuple[Any, ...]]]:
+    """Each set of pairs, with columns as (channel of the group, kernel position ...)."""
+    weight: Any = module.weight
+    names = list(itertools.product(*map(range, weight.shape[1:])))
+    return [{(names[first], names[second]) for first, second in columns.tolist()} for columns in Conv.pairs(module)]
+
+
+def test_pairs_of_even_channels_are_neighbours_at_one_kernel_position() -> None:
+    [pairs] = pair_names(nn.Conv2d(4, 3, (1, 2)))
+    expected = {((c, 0, x), (c + 1, 0, x)) for c in (0, 2) for x in (0, 1)}
+    assert pairs == expected
+
+
+def test_pairs_of_odd_channels_are_also_those_of_all_columns_in_turn() -> None:
+    in_turn, by_position = pair_names(nn.Conv2d(3, 2, (1, 2)))
+    assert by_position == {((0, 0, x), (1, 0, x)) for x in (0, 1)}
+    assert in_turn == {((0, 0, 0), (1, 0, 0)), ((2, 0, 0), (0, 0, 1)), ((1, 0, 1), (2, 0, 1))}
+
+
+def test_pairs_are_disjoint_and_within_a_group() -> None:
+    for module in (nn.Conv2d(12, 8, 3, groups=2), nn.Conv2d(9, 6, 3, groups=3), nn.Conv1d(5, 4, 3), nn.Conv3d(4, 4, 2)):
+        columns = Conv.matrices(module)["weight"].shape[1]
+        for pairs in Conv.pairs(module):
+            flat = pairs.flatten().tolist()
+            assert len(flat) == len({*flat}) and all(0 <= column < columns for column in flat)
+
+
+@pytest.mark.parametrize("module", [nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(1, 8, 3), nn.ConvTranspose2d(4, 4, 3)], ids=str)
+def test_what_engines_compute_in_int32_has_no_pairs(module: nn.Module) -> None:
+    assert Conv.pairs(module) == ()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_from_matrix_is_the_inverse_of_matrices(name: str) -> None:
+    cls, args, kwargs, _ = MODULES[name]
+    module = cls(*args, **kwargs)
+    assert torch.equal(Conv.from_matrix(module, Conv.matrices(module)["weight"]), module.weight)

@@ -161,3 +161,18 @@ def test_new_weights_are_used() -> None:
         half = {name: value.half() if name == "weight_scale" else value for name, value in second.state_dict().items()}
         first.load_state_dict(half, assign=True)
         torch.testing.assert_close(first(x), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 8])
+def test_pairs_are_neighbours_in_turn(columns: int) -> None:
+    [pairs] = Linear.pairs(nn.Linear(columns, 3))
+    assert pairs.tolist() == [[2 * number, 2 * number + 1] for number in range(columns // 2)]
+
+
+def test_from_matrix_is_the_inverse_of_matrices() -> None:
+    module = nn.Linear(6, 4)
+    assert torch.equal(Linear.from_matrix(module, Linear.matrices(module)["weight"]), module.weight)
+    pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
+    transposed = pytorch_utils.Conv1D(4, 6)
+    matrix = Linear.matrices(transposed)["weight"]
+    assert matrix.shape == (4, 6) and torch.equal(Linear.from_matrix(transposed, matrix), transposed.weight)

@@ -74,7 +74,6 @@ def problems(draw: st.DrawFn) -> Problem:
         "codes": draw(st.sampled_from(["any", 255])),
         "zero_point": draw(st.sampled_from([0, 7, 255])),
         "out": draw(st.sampled_from([None, 0, 100])),
-        "other": draw(st.booleans()),
         "magnitude": draw(st.sampled_from([1e-3, 1e-2, 1.0, 1e7])),
     }
 
@@ -99,16 +98,14 @@ def check_conv(p: Problem) -> None:
     multiplier, offset = torch.rand(shape[0]) * p["magnitude"], torch.randint(-(10**5), 10**5, (shape[0],)).int()
     geometry = (p["stride"], p["padding"], p["dilation"], groups, p["zero_point"])
     low, high = (-3.5, 1e6) if p["out"] is None else (3.0, 250.0)
-    result = codes._conv_shape(x, shape, p["stride"], p["padding"], p["dilation"], groups)
-    rest = (random_codes(*result) if p["other"] else None, 0.37, 11, low, high, p["out"])
+    rest = (low, high, p["out"])
     packed, plain = operators.pack_uint8(weight, groups), codes._pack(weight, groups)
     assert packed.shape == plain.shape == (codes.packed_bytes(shape, groups),)
     found = operators.conv_uint8(x, packed, shape, multiplier, offset, *geometry, *rest)
     same(found, codes._conv(x, plain, shape, multiplier, offset, *geometry, *rest), p)
     if groups == 1 and shape[2:] == [1, 1]:
-        other = random_codes(*x.shape[:-1], shape[0]) if p["other"] else None
-        found = operators.linear_uint8(x, packed, shape, multiplier, offset, other, *rest[1:])
-        same(found, codes._linear(x, plain, shape, multiplier, offset, other, *rest[1:]), p)
+        found = operators.linear_uint8(x, packed, shape, multiplier, offset, *rest)
+        same(found, codes._linear(x, plain, shape, multiplier, offset, *rest), p)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -124,7 +121,7 @@ def test_the_largest_sums_are_exact(shape: list[int], weight: int | str) -> None
     check_conv(p | {"batch": 1, "size": [6, 9], "weight": weight, "codes": 255, "zero_point": 255} | NO_ROUNDING)
 
 
-NO_ROUNDING = {"out": None, "other": False, "magnitude": 1.0}
+NO_ROUNDING = {"out": None, "magnitude": 1.0}
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -183,7 +180,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
                 offset = torch.zeros(shape[0], dtype=torch.int32)
-                rest = (groups, 3, None, 0.0, 0, 0.0, 255.0, 5)
+                rest = (groups, 3, 0.0, 255.0, 5)
                 results.append(operators.conv_uint8(x, packed, shape, multiplier, offset, *pairs, *rest))
         finally:
             torch.set_num_threads(threads)
@@ -204,9 +201,6 @@ def conv_arguments(**changes: Any) -> dict[str, Any]:
         "dilation": [1, 1],
         "groups": 1,
         "input_zero_point": 3,
-        "other": None,
-        "other_multiplier": 0.0,
-        "other_zero_point": 0,
         "low": 0.0,
         "high": 255.0,
         "zero_point": 5,
@@ -234,7 +228,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 REFUSED_BY_KERNELS: list[tuple[dict[str, Any], str]] = [
     ({"multiplier": torch.ones(3)}, r"multiplier must be contiguous float32 \[4\], found float32 \[3\]\."),
     ({"offset": torch.ones(4)}, r"offset must be contiguous int32 \[4\], found float32 \[4\]\."),
-    ({"other": torch.zeros(1, 3, 4, 3, dtype=torch.uint8)}, r"other must be uint8 \[1, 3, 4, 4\]"),
     ({"zero_point": 256}, "zero_point must be 0 to 255"),
     ({"input_zero_point": -1}, "input_zero_point must be 0 to 255"),
     ({"low": 0.5}, "whole numbers"),

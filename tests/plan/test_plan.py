@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def test_static_plan_survives_json(cnn: nn.Module, images: list[Tensor]) -> None
     assert plan.transforms and Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+def test_golden_results() -> None:
+    plan = replace(golden_plan(), results={"layer.0:conv2d": (0.5, 128), ":add.1": (0.25, 0)})
+    data = json.loads(json.dumps(plan.to_json()))
+    assert data["results"] == {"layer.0:conv2d": [0.5, 128], ":add.1": [0.25, 0]}
+    assert Plan.from_json(data) == plan
+
+
 def _set(*path: str | int, value: Any) -> Callable[[Any], None]:
     def change(data: Any) -> None:
         for key in path[:-1]:
@@ -116,6 +124,16 @@ SITE = ("sites", "0")
         (_set("ties", value={}), "plan.ties: found {}, needs a list"),
         (_set("float_weights", value="9"), "plan.float_weights: found '9', needs a int"),
         (_set("float_bytes", value=None), "plan.float_bytes: found None, needs a int"),
+        (_set("results", value=[]), r"plan.results: found \[\], needs a dict"),
+        (_set("results", "a:add", value=[0.5]), r"plan.results.a:add: found \[0.5\], needs \[scale, zero point\]"),
+        (_set("results", "a:add", value=0.5), "plan.results.a:add: found 0.5"),
+        (_set("results", "a:add", value=[0.0, 3]), r"plan.results.a:add: found \[0.0, 3\]"),
+        (_set("results", "a:add", value=[0.5, 3.0]), r"plan.results.a:add: found \[0.5, 3.0\]"),
+        (_set("results", "a:add", value=[0.5, True]), r"plan.results.a:add: found \[0.5, True\]"),
+        (_set("results", "a:add", value=[0.5, 256]), r"plan.results.a:add: found \[0.5, 256\]"),
+        (_set("results", "a:add", value=[0.5, -1]), r"plan.results.a:add: found \[0.5, -1\]"),
+        (_set("results", "a:add", value=[float("inf"), 3]), r"plan.results.a:add: found \[inf, 3\]"),
+        (_set("results", "a:add", value=[float("nan"), 3]), r"plan.results.a:add: found \[nan, 3\]"),
         (_set("recipe", value=None), "plan.recipe: found NoneType"),
         (_set("recipe", "rules", 0, "patern", value="x"), r"plan.recipe.rules\[0\]: unknown key 'patern'"),
         (_set(*SITE, value=3), "plan.sites.0: found int"),
@@ -161,6 +179,14 @@ def test_share_and_summary() -> None:
         "quantized 1 of 2 layers, 55.2 % of the weights",
         "skipped 1: too small to gain: fewer than 20 weights",
     ]
+
+
+def test_what_could_not_be_read_is_in_the_summary_but_no_layer() -> None:
+    skipped = {"transform fold_batch_norm": "it does not export", "values between layers": "it does not export"}
+    plan = replace(golden_plan(), skipped={**golden_plan().skipped, **skipped})
+    lines = plan.summary().splitlines()
+    assert lines[0].startswith("quantized 1 of 2 layers")
+    assert lines[-1] == "skipped transform fold_batch_norm, values between layers: it does not export"
 
 
 def test_summary_shortens_long_lists_of_layers() -> None:

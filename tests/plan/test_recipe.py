@@ -150,3 +150,61 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
 def test_exclude_takes_one_pattern_as_it_is() -> None:
     recipe = load_recipe(Recipe("test", (Rule("*", INT8),)), "head")
     assert [rule.pattern for rule in recipe.rules] == ["head", "*"]
+
+
+RESULTS = QuantSpec("uint8", symmetric=False, observer="mse")
+
+
+def test_results_and_correction_in_json() -> None:
+    recipe = Recipe("x", (), results=RESULTS, correction="bias")
+    data = recipe.to_json()
+    assert data["correction"] == "bias" and data["results"] == {
+        "format": "uint8",
+        "granularity": "tensor",
+        "symmetric": False,
+        "observer": "mse",
+        "scale": None,
+        "scale_dtype": "float32",
+    }
+    assert Recipe.from_json(json.loads(json.dumps(data)), "here") == recipe
+    assert {"results", "correction"}.isdisjoint(Recipe("x", ()).to_json())
+    static = load_recipe("int8-static")
+    assert (static.results, static.correction) == (RESULTS, "affine")
+
+
+def test_results_and_correction_in_toml(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'name = "mine"\nrules = []\ncorrection = "affine"\n'
+        'results = { format = "uint8", symmetric = false, observer = "mse" }\n'
+    )
+    assert load_recipe(file) == Recipe("mine", (), results=RESULTS, correction="affine")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"correction": "affin"}, "recipe 'x': unknown correction 'affin'. Did you mean 'affine'"),
+        ({"correction": True}, "here.correction: found True, needs a str"),
+        ({"results": None}, "here.results: found NoneType, needs a table"),
+        ({"results": "uint8"}, "here.results: found str, needs a table"),
+        ({"results": {"format": "uint9"}}, "here.results: unknown format 'uint9'. Did you mean 'uint8'"),
+        ({"results": {"format": "uint8"}}, "here.results: format 'uint8' has no negative values"),
+        (
+            {"results": {"format": "uint8", "symmetric": False}},
+            "recipe 'x': results: found 'uint8', observer None; engines need 'uint8' and an observer",
+        ),
+        (
+            {"results": {"format": "int8", "observer": "mse"}},
+            "recipe 'x': results: found 'int8', observer 'mse'; engines need 'uint8'",
+        ),
+        (
+            {"results": {"format": "uint8", "symmetric": False, "observer": "mean_squared"}},
+            "recipe 'x': results: unknown observer 'mean_squared'",
+        ),
+    ],
+    ids=str,
+)
+def test_errors_of_results_and_correction(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Recipe.from_json({"name": "x", "rules": [], **values}, "here")

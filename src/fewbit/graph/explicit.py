@@ -53,7 +53,7 @@ def explicit(graph: Graph, layers: Mapping[str, IntegerLayer], results: Mapping[
         if first(call) in grids:
             _insert_weights(module, call, layers[name], grids[first(call)][0])
     for value, grid in grids.items():
-        _insert_grid(module, value, grid, everyone=value in graph.carried, layers=graph.layers)
+        _insert_grid(module, graph, value, grid)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.delete_all_unused_submodules()
@@ -61,11 +61,15 @@ def explicit(graph: Graph, layers: Mapping[str, IntegerLayer], results: Mapping[
     return module
 
 
-def _insert_grid(
-    module: GraphModule, value: Node, grid: tuple[float, int], everyone: bool, layers: Mapping[Node, str]
-) -> None:
-    """What was made of codes is read as codes by everyone; of other values only layers get codes."""
-    readers = [user for user in value.users if everyone or (user in layers and first(user) is value)]
+def _insert_grid(module: GraphModule, graph: Graph, value: Node, grid: tuple[float, int]) -> None:
+    """What was made of codes is read as codes by everyone; of other values only layers and what goes on in codes get them."""
+    everyone = value in graph.carried
+    layers = graph.layers
+    readers = [
+        user
+        for user in value.users
+        if everyone or user in graph.carried - layers.keys() or (user in layers and first(user) is value)
+    ]
     with module.graph.inserting_after(value):
         codes = module.graph.call_function(QUANTIZE, (value, *grid))
     with module.graph.inserting_after(codes):
@@ -97,15 +101,17 @@ def _insert_weights(module: GraphModule, call: Node, layer: IntegerLayer, input_
 def integer_weights(layer: IntegerLayer, input_scale: float) -> tuple[Tensor, Tensor, Tensor | None]:
     """Weight codes, their scales, and the bias as int32 codes of the scale ``input_scale * scale``.
 
-    Where the bias of a channel is too large for that, next to nothing weighs its weights: they get a coarser scale.
+    Where the bias of a channel is too large for that, next to nothing weighs its weights: they get a coarser scale. Where they
+    are all zero, any scale is theirs: that which the bias needs.
     """
     codes, scale, bias = layer.codes, layer.scale.float(), layer.bias
     if bias is None:
         return codes, scale, None
     least = bias.double().abs() / (input_scale * LARGEST_BIAS)
-    coarse = least > scale
-    if bool(coarse.any()):
-        wider = torch.where(coarse, least.float(), scale)
+    empty = ~codes.flatten(1).any(1) & (least > torch.finfo(torch.float32).tiny)
+    other = (least > scale) | empty
+    if bool(other.any()):
+        wider = torch.where(other, least.float(), scale)
         ratio = (scale / wider).reshape(-1, *[1] * (codes.ndim - 1))
         codes, scale = torch.round(codes * ratio).to(torch.int8), wider
     steps = torch.round(bias.double() / (scale.double() * input_scale))

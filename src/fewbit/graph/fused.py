@@ -125,7 +125,7 @@ class _Fusion:
         weight, bias = call.args[1], call.args[2] if len(call.args) > 2 else None
         codes, scale = self._constants(weight)
         sums = codes.flatten(1).sum(1, dtype=torch.int64)
-        offset = -zero_in * sums  # type: ignore[operator]
+        offset = -zero_in * sums
         if isinstance(bias, Node):
             offset = offset + self._constants(bias)[0]
         low, high = (-math.inf, math.inf) if end is call else bounds(end)
@@ -147,7 +147,7 @@ class _Fusion:
                 ("offset", offset.to(torch.int32)),
             )
         ]
-        rescale = (None, 0.0, 0, low, high, zero_point)
+        rescale = (low, high, zero_point)
         x = self.codes[first(first(call))]
         if not is_conv and self._is_image(first(call)):
             x = self._call(_aten.contiguous.default, self._call(_aten.permute.default, x, [0, 3, 1, 2]))
@@ -164,7 +164,7 @@ class _Fusion:
         terms = [value for value in call.args[:2] if isinstance(value, Node)]
         factors: list[Any] = []
         for term in terms:
-            factors += [_single(term.args[1] / grid[0]), term.args[2]]  # type: ignore[operator]
+            factors += [_ratio(term, grid), term.args[2]]
         low, high = (-math.inf, math.inf) if end is call else bounds(end)
         ends = (float(min(255, max(0, _step(bound, grid)))) for bound in (low, high))
         codes = [self.codes[first(term)] for term in terms]
@@ -181,7 +181,7 @@ class _Fusion:
             if all(isinstance(size, int) for size in sizes):
                 kernel = list(sizes)
         scale_in, zero_in = first(call).args[1:3]
-        multiplier = _single(scale_in / grid[0])  # type: ignore[operator]
+        multiplier = _ratio(first(call), grid)
         around = (found["stride"], found["padding"], found["count_include_pad"])
         y = self._call(_fewbit.average_uint8.default, codes, kernel, *around, multiplier, zero_in, grid[1])
         if operator_of(call) == "mean" and not (len(call.args) > 2 and call.args[2]) and not call.kwargs.get("keepdim"):
@@ -214,7 +214,7 @@ class _Fusion:
     def _lookup(self, call: Node, end: Node, grid: Grid) -> Node:
         value = first(end)
         every = torch.arange(256, dtype=torch.uint8)
-        results = end.target(DEQUANTIZE(every, *value.args[1:3]), *end.args[1:], **end.kwargs)  # type: ignore[operator]
+        results = end.target(DEQUANTIZE(every, *value.args[1:3]), *end.args[1:], **end.kwargs)
         table = self._attribute(f"{end.name}_table", QUANTIZE(results, *grid))
         return self._call(_fewbit.lookup_uint8.default, self.codes[first(value)], table)
 
@@ -303,6 +303,6 @@ def _float32(value: Any) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
 
 
-def _single(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).float())
-
+def _ratio(value: Node, grid: Grid) -> float:
+    """The scale of a dequantize node in steps of the grid."""
+    return float(_float32(value.args[1]) / _float32(grid[0]))

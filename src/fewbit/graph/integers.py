@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ def read_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return reason
     _drop_identities(module)
     _spell_padding(module)
-    calls = {node: name for node in module.graph.nodes if (name := _layer_of(node, model, module)) in layers}
+    found = ((node, _layer_of(node, model, module)) for node in module.graph.nodes)
+    calls = {node: name for node, name in found if name is not None and name in layers}
     examples = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
     any_batch = any(isinstance(x, Tensor) and x.dim() and not isinstance(x.shape[0], int) for x in examples)
     made_for = signature((args, kwargs), any_batch)
@@ -124,6 +125,8 @@ def _layer_of(call: Node, model: nn.Module, module: GraphModule) -> str | None:
     weight = call.args[1] if call.target in LAYERS else None
     if not isinstance(weight, Node) or weight.op != "get_attr":
         return None
+    if call.target is LAYERS[0] and first(call).meta["val"].dim() != 4:  # an image without batch
+        return None
     owner = model.get_submodule(module_of(call))
     own = owner._parameters.get("weight")
     if own is None or own.data_ptr() != attrgetter(str(weight.target))(module).data_ptr():
@@ -145,7 +148,11 @@ def _make_functional(module: GraphModule) -> str:
         overload = node.target._overloadname or "default"
         written = first(node)
         others = _views(_base(written)) - {written, node}
-        if functional is None or overload not in functional.overloads() or any(node < u for v in others for u in v.users):
+        if (
+            functional is None
+            or overload not in functional.overloads()
+            or any(node < u for v in others for u in v.users)
+        ):
             return f"{operator_of(node)} writes to memory that is read in another shape: write {operator_of(node)}(x) there"
         written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: node < user)
         node.target = getattr(functional, overload)
@@ -165,6 +172,8 @@ def _views(base: Node) -> set[Node]:
 
 
 def _is_view(node: Node) -> bool:
+    if node.target is getitem:
+        return True
     returns = getattr(getattr(node.target, "_schema", None), "returns", ())
     return bool(node.args) and any(part.alias_info is not None and not part.alias_info.is_write for part in returns)
 
@@ -196,14 +205,25 @@ def _spell_padding(module: GraphModule) -> None:
             x.meta = {**node.meta, "val": value}
         padding = [total[0] // 2, total[1] // 2]
         node.target = torch.ops.aten.conv2d.default
-        node.args = (x, weight, given.get("bias"), _pair(given.get("stride", 1)), padding, dilation, given.get("groups", 1))
+        node.args = (
+            x,
+            weight,
+            given.get("bias"),
+            _pair(given.get("stride", 1)),
+            padding,
+            dilation,
+            given.get("groups", 1),
+        )
         node.kwargs = {}
 
 
 def _carried(graph: torch.fx.Graph, layers: Mapping[Node, str]) -> set[Node]:
+    inputs = {first(call) for call in layers}  # codes already: one of them may be the other term of an addition
     carried: set[Node] = set()
     for node in graph.nodes:
-        if (node in layers and node.target == LAYERS[0]) or (_can_carry(node) and _operands(node) <= carried):
+        if node in layers and node.target == LAYERS[0]:
+            carried.add(node)
+        elif _can_carry(node) and _operands(node) <= carried | inputs and _operands(node) & carried:
             carried.add(node)
     return carried
 
@@ -212,7 +232,10 @@ def _values(graph: torch.fx.Graph, layers: Mapping[Node, str], carried: set[Node
     useful: set[Node] = set()
     for node in reversed(graph.nodes):
         readers = list(node.users)
-        if any((reader in layers and first(reader) is node) or (reader in carried and reader in useful) for reader in readers):
+        if any(
+            (reader in layers and first(reader) is node) or (reader in carried and reader in useful)
+            for reader in readers
+        ):
             useful.add(node)
     inputs = {first(call) for call in layers}
     kept = {node for node in carried & useful if before_clamp(node) is None} | inputs
@@ -244,7 +267,9 @@ def _join(group: dict[Node, Node], first: Node, second: Node) -> None:
 
 def _operands(node: Node) -> set[Node]:
     """The values that a carrying operator works on."""
-    given = node.args[0] if operator_of(node) == "cat" else node.args[:2] if operator_of(node) == "add" else node.args[:1]
+    given = (
+        node.args[0] if operator_of(node) == "cat" else node.args[:2] if operator_of(node) == "add" else node.args[:1]
+    )
     return {value for value in given if isinstance(value, Node)}  # type: ignore[union-attr]
 
 

@@ -12,6 +12,7 @@ OBSERVERS: dict[str, RangeObserver] = {
     "moving_average": MovingAverage(),
     "mse": Histogram("mse"),
     "entropy": Histogram("entropy"),
+    "output": Histogram("output"),
     "percentile_99.9": Histogram("percentile", 99.9),
     "percentile_99.99": Histogram("percentile", 99.99),
     "percentile_99.999": Histogram("percentile", 99.999),

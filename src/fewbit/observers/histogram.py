@@ -34,10 +34,11 @@ class Histogram(RangeObserver):
 
     ``choice``: "mse" takes the range with the least expected squared rounding and clipping error; "percentile" the
     central ``percentile`` percent of the values; "entropy" the range whose quantized distribution has the least
-    Kullback-Leibler divergence from the observed one (Migacz, 8-bit inference with TensorRT, GTC 2017).
+    Kullback-Leibler divergence from the observed one (Migacz, 8-bit inference with TensorRT, GTC 2017); "output" leaves it to
+    the error of the layer's output which of the first, the whole range and two percentiles it is.
     """
 
-    choice: Literal["mse", "percentile", "entropy"]
+    choice: Literal["mse", "percentile", "entropy", "output"]
     percentile: float = 100.0
 
     def init(self) -> State:
@@ -60,7 +61,8 @@ class Histogram(RangeObserver):
         size = int(torch.floor(high * scale)) - int(first) + 1
         counts = torch.zeros(size, dtype=torch.int64)
         if values.dim() > 1 and not values.is_contiguous():  # an image in channels-last order is read as it lies
-            values = values.permute(sorted(range(values.dim()), key=lambda axis: -values.stride(axis)))
+            strides = values.stride()
+            values = values.permute(sorted(range(values.dim()), key=lambda axis: -strides[axis]))
         for piece in values.reshape(-1).split(PIECE):
             bins = (piece.to(exact) * scale).floor_().sub_(int(first)).to(torch.int32)
             counts += torch.bincount(bins, minlength=size)
@@ -82,7 +84,7 @@ class Histogram(RangeObserver):
 
     def choose_range(self, state: State, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         if self.choice == "percentile":
-            return self._percentile_range(state)
+            return self._percentile_range(state, self.percentile)
         counts = state["counts"].to(torch.float64)
         width = 2.0 ** int(state["exponent"])
         bins = torch.arange(len(counts), dtype=torch.float64) + int(state["first"])
@@ -92,7 +94,7 @@ class Histogram(RangeObserver):
         low, high = state["low"].clamp(max=0), state["high"].clamp(min=0)
         if float(high - low) == 0 or float(counts.sum()) == 0:
             return low, high
-        cost = _squared_error if self.choice == "mse" else _divergence
+        cost = _divergence if self.choice == "entropy" else _squared_error
         best = torch.ones(2, dtype=torch.float64)  # the shares of low and high that are kept
         # Both ends together; where the grid can follow, then each alone, twice: the tails of a distribution differ.
         for ends in ([0, 1],) if spec.symmetric else ([0, 1], [0], [1], [0], [1]):
@@ -102,10 +104,16 @@ class Histogram(RangeObserver):
             best = shares[errors.argmin()]
         return low * best[0], high * best[1]
 
-    def _percentile_range(self, state: State) -> tuple[Tensor, Tensor]:
+    def candidates(self, state: State, spec: QuantSpec) -> list[tuple[Tensor, Tensor]]:
+        best = self.choose_range(state, spec)
+        if self.choice != "output":
+            return [best]
+        return [best, (state["low"], state["high"]), *(self._percentile_range(state, p) for p in (99.999, 99.99))]
+
+    def _percentile_range(self, state: State, percentile: float) -> tuple[Tensor, Tensor]:
         cumulative = state["counts"].cumsum(0).to(torch.float64)
         width = 2.0 ** int(state["exponent"])
-        outside = (1 - self.percentile / 100) / 2 * cumulative[-1]
+        outside = (1 - percentile / 100) / 2 * cumulative[-1]
         ends = []
         for target in (outside, cumulative[-1] - outside):
             index = int(torch.searchsorted(cumulative, target).clamp(max=len(cumulative) - 1))

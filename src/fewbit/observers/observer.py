@@ -40,3 +40,7 @@ class RangeObserver(Observer):
     @abstractmethod
     def choose_range(self, state: State, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         """Smallest and largest value (0-dimensional) for a static range of ``spec``. The state has seen data."""
+
+    def candidates(self, state: State, spec: QuantSpec) -> list[tuple[Tensor, Tensor]]:
+        """The ranges among which the error of a layer's output is to decide; the first wins where nothing can be measured."""
+        return [self.choose_range(state, spec)]

@@ -2,7 +2,7 @@
 
     quantize_uint8, dequantize_uint8    float32 to codes and back
     pack_uint8                          int8 weights to what the kernels of this machine read; not to be saved
-    conv_uint8, linear_uint8            products of codes; the epilogue rescales, adds another tensor, clamps
+    conv_uint8, linear_uint8            products of codes; the epilogue rescales and clamps
     add_uint8, average_uint8            sums of two tensors, means over windows
     lookup_uint8                        any function of a code
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from torch.nn.functional import avg_pool2d, conv2d, pad
 from fewbit.ops import native
 from fewbit.ops.linear import LIBRARY, TAGS, register, same_device
 
-_RESCALE = "Tensor? other, float other_multiplier, int other_zero_point, float low, float high, int? zero_point"
+_RESCALE = "float low, float high, int? zero_point"
 _WEIGHT = "Tensor x, Tensor packed, int[] weight_shape, Tensor multiplier, Tensor offset"
 for _schema in (
     "quantize_uint8(Tensor x, float scale, int zero_point) -> Tensor",
@@ -43,24 +42,11 @@ HEADER = 64  # bytes before packed weights; zeros without kernels
 LARGEST = 2**31 - 1
 
 
-class Rescale(NamedTuple):
-    """What becomes of int32 sums; see ``rescale``."""
-
-    other: Tensor | None
-    other_multiplier: float
-    other_zero_point: int
-    low: float
-    high: float
-    zero_point: int | None
-
-
-def rescale(t: Tensor, to: Rescale) -> Tensor:
-    """Codes, or float32 without a zero point, of float32 ``t`` plus what the codes ``other`` stand for."""
-    if to.other is not None:
-        t = t + (to.other.to(torch.int32) - to.other_zero_point).to(torch.float32) * to.other_multiplier
-    if to.zero_point is None:
-        return t.clamp(to.low, to.high)
-    return (t.round() + to.zero_point).clamp(to.low, to.high).to(torch.uint8)
+def rescale(t: Tensor, low: float, high: float, zero_point: int | None) -> Tensor:
+    """Codes, or float32 without a zero point, of float32 ``t``."""
+    if zero_point is None:
+        return t.clamp(low, high)
+    return (t.round() + zero_point).clamp(low, high).to(torch.uint8)
 
 
 def packed_bytes(shape: Sequence[int], groups: int) -> int:
@@ -180,9 +166,6 @@ def _conv(
     dilation: Sequence[int],
     groups: int,
     input_zero_point: int,
-    other: Tensor | None,
-    other_multiplier: float,
-    other_zero_point: int,
     low: float,
     high: float,
     zero_point: int | None,
@@ -195,7 +178,7 @@ def _conv(
     # float64 has every sum exactly.
     sums = conv2d(image.double(), weight.double(), None, tuple(stride), 0, tuple(dilation), groups)
     t = (sums.to(torch.int32).permute(0, 2, 3, 1) + offset).to(torch.float32) * multiplier
-    return rescale(t, Rescale(other, other_multiplier, other_zero_point, low, high, zero_point)).contiguous()
+    return rescale(t, low, high, zero_point).contiguous()
 
 
 def _linear(
@@ -204,9 +187,6 @@ def _linear(
     weight_shape: Sequence[int],
     multiplier: Tensor,
     offset: Tensor,
-    other: Tensor | None,
-    other_multiplier: float,
-    other_zero_point: int,
     low: float,
     high: float,
     zero_point: int | None,
@@ -216,7 +196,7 @@ def _linear(
     weight = _unpacked(packed, weight_shape, 1).flatten(1)
     sums = torch.nn.functional.linear(x.double(), weight.double()).to(torch.int32)
     t = (sums + offset).to(torch.float32) * multiplier
-    return rescale(t, Rescale(other, other_multiplier, other_zero_point, low, high, zero_point)).contiguous()
+    return rescale(t, low, high, zero_point).contiguous()
 
 
 def _add(
@@ -235,7 +215,8 @@ def _add(
     _check_dtype(b, torch.uint8, "b")
     _check(a.shape == b.shape, f"a and b must be of the same shape, found {list(a.shape)} and {list(b.shape)}")
     t = (a.to(torch.int32) - a_zero_point).to(torch.float32) * a_multiplier
-    return rescale(t, Rescale(b, b_multiplier, b_zero_point, low, high, zero_point)).contiguous()
+    t = t + (b.to(torch.int32) - b_zero_point).to(torch.float32) * b_multiplier
+    return rescale(t, low, high, zero_point).contiguous()
 
 
 def _average(
@@ -259,7 +240,7 @@ def _average(
     image = x.permute(0, 3, 1, 2).to(torch.int32) - input_zero_point
     count = prod(kernel) if count_include_pad else sums(torch.ones_like(image[:1, :1]))
     t = sums(image) * multiplier / torch.as_tensor(count, dtype=torch.float32, device=x.device)
-    return rescale(t, Rescale(None, 0.0, 0, 0, 255, zero_point)).contiguous()
+    return rescale(t, 0, 255, zero_point).contiguous()
 
 
 def _lookup(x: Tensor, table: Tensor) -> Tensor:
@@ -290,14 +271,11 @@ def _fake_conv(
     dilation: Sequence[int],
     groups: int,
     input_zero_point: int,
-    other: Tensor | None,
-    other_multiplier: float,
-    other_zero_point: int,
     low: float,
     high: float,
     zero_point: int | None,
 ) -> Tensor:
-    same_device(x, packed, multiplier, offset, other)
+    same_device(x, packed, multiplier, offset)
     shape = _conv_shape(x, weight_shape, stride, padding, dilation, groups)
     return _new(x, shape, _dtype_of(zero_point))
 
@@ -308,14 +286,11 @@ def _fake_linear(
     weight_shape: Sequence[int],
     multiplier: Tensor,
     offset: Tensor,
-    other: Tensor | None,
-    other_multiplier: float,
-    other_zero_point: int,
     low: float,
     high: float,
     zero_point: int | None,
 ) -> Tensor:
-    same_device(x, packed, multiplier, offset, other)
+    same_device(x, packed, multiplier, offset)
     return _new(x, _linear_shape(x, weight_shape), _dtype_of(zero_point))
 
 

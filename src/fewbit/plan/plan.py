@@ -94,8 +94,9 @@ class Plan:
 
     def summary(self) -> str:
         """Two or more lines: how much is quantized, and what is skipped for which reason."""
-        # A transform, and one of several weights of a site, are skipped too but are no layers.
-        layers = [n for n in self.skipped if not n.startswith("transform ") and n.rpartition(".")[0] not in self.sites]
+        # Transforms, values, and one of several weights of a site are skipped too but are no layers.
+        others = ("transform ", "values ")
+        layers = [n for n in self.skipped if not n.startswith(others) and n.rpartition(".")[0] not in self.sites]
         total = len(self.sites) + len(layers)
         lines = [f"quantized {len(self.sites)} of {total} layers, {100 * self.share:.1f} % of the weights"]
         reasons: dict[str, list[str]] = {}
@@ -134,7 +135,8 @@ class Plan:
         types = {"sites": dict, "skipped": dict, "transforms": dict, "ties": list, "float_weights": int}
         check_types(data, {**types, "float_bytes": int, "results": dict}, where)
         for name, grid in data["results"].items():
-            if not (isinstance(grid, list) and [type(part) for part in grid] == [float, int] and grid[0] > 0):
+            good = isinstance(grid, list) and [type(part) for part in grid] == [float, int]
+            if not good or not 0 < grid[0] < math.inf or not 0 <= grid[1] <= 255:
                 raise PlanError(f"{where}.results.{name}: found {grid!r}, needs [scale, zero point].")
         for number, tie in enumerate(data["ties"]):
             if not isinstance(tie, list) or not all(isinstance(name, str) for name in tie):

@@ -69,7 +69,8 @@ class Recipe:
 
     ``results`` says how values between convolutions that are no layer's input are quantized, such as the terms of residual
     additions, where an engine computes on them; None: there they stay float. ``correction`` ("affine", "bias" or None) is
-    what layers with static inputs get after quantization, see ``fewbit.correction``.
+    what layers with static inputs get after quantization, see ``fewbit.correction``. ``sensitive``: a small first or last
+    layer that makes more than this share of the output's squared error stays float, see ``fewbit.sensitivity``.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Recipe:
     transforms: tuple[str, ...] = ()
     results: QuantSpec | None = None
     correction: str | None = None
+    sensitive: float | None = None
 
     def __post_init__(self) -> None:
         for transform in self.transforms:
@@ -84,6 +86,10 @@ class Recipe:
                 raise PlanError(f"recipe {self.name!r}: {unknown('transform', transform, TRANSFORMS)}")
         if self.correction is not None and self.correction not in CORRECTIONS:
             raise PlanError(f"recipe {self.name!r}: {unknown('correction', self.correction, CORRECTIONS)}")
+        if self.sensitive is not None and not 0 < self.sensitive < 1:
+            raise PlanError(
+                f"recipe {self.name!r}: sensitive must be a share between 0 and 1, found {self.sensitive:g}."
+            )
         if self.results is not None:
             _check_results(self.results, f"recipe {self.name!r}: results")
         for number, rule in enumerate(self.rules):
@@ -113,23 +119,29 @@ class Recipe:
             data["results"] = self.results.to_json()
         if self.correction is not None:
             data["correction"] = self.correction
+        if self.sensitive is not None:
+            data["sensitive"] = self.sensitive
         return data
 
     @staticmethod
     def from_json(data: Any, where: str) -> Recipe:
         checked_keys(data, Recipe, where, required=("name", "rules"))
-        check_types(data, {"name": str, "rules": list, "transforms": list, "correction": str}, where)
+        check_types(
+            data, {"name": str, "rules": list, "transforms": list, "correction": str, "sensitive": float}, where
+        )
         for number, transform in enumerate(data.get("transforms", ())):
             check_types({f"transforms[{number}]": transform}, {f"transforms[{number}]": str}, where)
         rules = (Rule.from_json(rule, f"{where}.rules[{number}]") for number, rule in enumerate(data["rules"]))
         results = QuantSpec.from_json(data["results"], f"{where}.results") if "results" in data else None
         transforms = tuple(data.get("transforms", ()))
-        return Recipe(data["name"], tuple(rules), transforms, results, data.get("correction"))
+        return Recipe(data["name"], tuple(rules), transforms, results, data.get("correction"), data.get("sensitive"))
 
 
 def _check_results(spec: QuantSpec, where: str) -> None:
     if spec.format != "uint8" or spec.observer is None:
-        raise PlanError(f"{where}: found {spec.format!r}, observer {spec.observer!r}; engines need 'uint8' and an observer.")
+        raise PlanError(
+            f"{where}: found {spec.format!r}, observer {spec.observer!r}; engines need 'uint8' and an observer."
+        )
     if spec.observer not in OBSERVERS:
         raise PlanError(f"{where}: {unknown('observer', spec.observer, OBSERVERS)}")
 

@@ -81,7 +81,8 @@ def autoquantize(
                 trials.append(trial)
                 continue
             began, quantizing = time.monotonic(), time.monotonic() - began
-            for trial, candidate in _lowered(trial, quantized, example_inputs, engines):
+            for variant, candidate in _lowered(trial, quantized, example_inputs, engines):
+                trial = variant
                 try:
                     if candidate is not None:
                         scores = paired(float_scores, scores_of(evaluate, candidate, trial.recipe))

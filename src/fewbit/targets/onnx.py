@@ -122,6 +122,12 @@ def _finish(proto: Any) -> None:
                 own.CopyFrom(initializers[name])
                 own.name = node.input[place] = f"{name}_{number}"
             seen.add(name)
-    for item in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info, *proto.graph.initializer, proto.graph):
+    for item in (
+        *proto.graph.input,
+        *proto.graph.output,
+        *proto.graph.value_info,
+        *proto.graph.initializer,
+        proto.graph,
+    ):
         del item.metadata_props[:]
     del proto.metadata_props[:]

@@ -46,7 +46,9 @@ class OpenVino(Target):
 
         def run(*tensors: Tensor) -> list[Tensor]:
             results = request(tensors).infer([x.detach().numpy() for x in tensors], share_inputs=True)
-            return [torch.from_numpy(array.copy()) for array in results.values()]  # the next call writes to the same memory
+            return [
+                torch.from_numpy(array.copy()) for array in results.values()
+            ]  # the next call writes to the same memory
 
         model = request(tuple(tensors_of(call))).get_compiled_model().get_runtime_model()
         infos = [(node.get_friendly_name(), node.get_rt_info()) for node in model.get_ordered_ops()]

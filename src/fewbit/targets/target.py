@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fewbit.batches import Call
-from fewbit.errors import CalibrationError, UnsupportedError
+from fewbit.errors import CalibrationError, FewbitError, UnsupportedError
 from fewbit.graph import leaves, signature
 
 
@@ -108,7 +108,14 @@ class Lowered(nn.Module):
 
 def lowered(target: Target, module: GraphModule, call: Call, any_batch: bool) -> Lowered:
     """``module`` as ``target`` runs it; ``module`` is used up."""
-    run, operators = target.compile(module, call)
+    try:
+        run, operators = target.compile(module, call)
+    except FewbitError:
+        raise
+    # Engines raise classes of their own for what they do not have.
+    except Exception as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()] or [""]
+        raise UnsupportedError(f"{target.name} cannot run this model: {' '.join(lines)[:500]}") from error
     inputs = signature((call.args, call.kwargs), any_batch)
     structure = module._out_spec
     return Lowered(target.name, run, operators, inputs, any_batch, structure)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from fewbit.graph import Topology
+from fewbit.transforms.equalize import equalize, find_pairs
 from fewbit.transforms.fold_batch_norm import find_batch_norms, fold_batch_norms
 from fewbit.transforms.fuse_activation import find_activations, fuse_activations
 from fewbit.transforms.split_attention import MultiheadAttention, find_attention, split_attention
@@ -45,9 +46,19 @@ def _find_activations(model: nn.Module, topology: Topology | None) -> list[Any]:
     return [] if topology is None else [list(place) for place in find_activations(model, topology)]
 
 
+def _find_pairs(model: nn.Module, topology: Topology | None) -> list[Any]:
+    return [] if topology is None else [list(pair) for pair in find_pairs(model, topology)]
+
+
+def _equalize(model: nn.Module, places: list[Any]) -> nn.Module:
+    equalize(model, [(first, second) for first, second in places])
+    return model
+
+
 TRANSFORMS: dict[str, Transform] = {
     "split_attention": Transform(lambda model, _: find_attention(model), split_attention, needs_graph=False),
     "fold_batch_norm": Transform(_find_norms, _fold, needs_graph=True),
+    "equalize": Transform(_find_pairs, _equalize, needs_graph=True),
     "fuse_activation": Transform(_find_activations, _fuse, needs_graph=True),
 }
 
