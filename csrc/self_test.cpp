@@ -30,9 +30,46 @@ std::vector<float> outputs(const Kernels& k, const Weight& w, int64_t input_grou
   return y;
 }
 
+// A convolution of 3 x 5 codes, all 255: sums as float32, then codes.
+std::vector<float> outputs(const Kernels& k, const Filter& f, const std::vector<int8_t>& weight) {
+  std::vector<uint8_t> packed(f.packed_bytes()), x(15 * f.channels * f.groups, 255), codes(15 * f.outputs);
+  std::vector<float> multiplier(f.outputs, 1.0f), y(codes.size());
+  const std::vector<int32_t> offset(f.outputs, -7);
+  k.pack_filter(f, weight.data(), packed.data());
+  Conv c{f, packed.data(), x.data(), 1, 3, 5, 3, 5, {1, 1}, {1, 1}, {1, 1}, 255, {}};
+  c.result = {multiplier.data(), offset.data(), -3e9f, 3e9f, false, false, 0, y.data()};
+  k.conv(c, 1, 0, k.conv_tasks(c, 1));
+  multiplier.assign(f.outputs, 1 / 4096.0f);
+  c.result = {multiplier.data(), offset.data(), 3, 250, true, true, 100, codes.data()};
+  k.conv(c, 1, 0, k.conv_tasks(c, 1));
+  y.insert(y.end(), codes.begin(), codes.end());
+  return y;
+}
+
+bool convolutions_agree(const Kernels& kernels, const Kernels& reference) {
+  // Whole vectors and parts of them, of any instruction set; dense and depthwise. Sums are exact in float32.
+  for (const Filter& f : {Filter{70, 12, 3, 3, 1}, Filter{70, 1, 3, 3, 70}}) {
+    static_assert(255 * 128 * 12 * 9 < 1 << 24);
+    // Outputs of the largest, of the smallest and of alternating weights; and with the largest pairs that fit int16.
+    const int kinds[2][4][2] = {{{127, 127}, {-128, -128}, {127, -128}, {-77, 101}}, {{64, 64}, {-64, -64}, {127, 1}, {-128, 127}}};
+    for (const auto& kind : kinds) {
+      std::vector<int8_t> weight(f.outputs * f.depth());
+      const int64_t area = f.height * f.width;
+      for (int64_t i = 0; i < static_cast<int64_t>(weight.size()); ++i) {
+        // Neighbours are channels of a dense filter and rows of a depthwise one.
+        const int64_t output = i / f.depth(), place = f.channels > 1 ? i % f.depth() / area : i % area / f.width;
+        weight[i] = static_cast<int8_t>(kind[output % 4][place % 2]);
+      }
+      if (outputs(kernels, f, weight) != outputs(reference, f, weight)) return false;
+    }
+  }
+  return true;
+}
+
 } // namespace
 
 bool agree(const Kernels& kernels, const Kernels& reference) {
+  if (!convolutions_agree(kernels, reference)) return false;
   // 17 groups: more than the scales of any vector. Float32 has sums exactly, those of 4 bits also if they are scaled and
   // what raises codes is added and taken away again.
   constexpr int64_t kRows = 36, kColumns = 516, kGroup = 32, kScales = 8;

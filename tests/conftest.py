@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ def randomize_norms(model: nn.Module) -> None:
 def net() -> type[Net]:
     """For small networks written where they are needed."""
     return Net
+
+
+@pytest.fixture(scope="session")
+def static() -> fewbit.Recipe:
+    """int8-static for every layer, whatever it costs."""
+    return replace(fewbit.load_recipe("int8-static"), sensitive=None)
 
 
 @pytest.fixture(scope="session")

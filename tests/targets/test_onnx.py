@@ -29,11 +29,11 @@ def network() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def proto(network: nn.Module) -> Any:
+def proto(network: nn.Module, static: fewbit.Recipe) -> Any:
     torch.manual_seed(1)
     x = torch.randn(4, 3, 8, 8)
     call = Call((x,), {})
-    return onnx_model(explicit_graph(fewbit.quantize(network, "int8-static", [x]), call)[0], call)
+    return onnx_model(explicit_graph(fewbit.quantize(network, static, [x]), call)[0], call)
 
 
 def nodes(proto: Any, kind: str) -> list[Any]:
@@ -99,24 +99,24 @@ def test_nothing_of_the_machine_is_in_the_file(proto: Any) -> None:
         assert word.encode() not in content, word
 
 
-def test_nothing_is_printed(network: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed(network: nn.Module, static: fewbit.Recipe, capfd: pytest.CaptureFixture[str]) -> None:
     x = torch.randn(2, 3, 8, 8)
-    quantized = fewbit.quantize(network, "int8-static", [x])
+    quantized = fewbit.quantize(network, static, [x])
     capfd.readouterr()
     onnx_model(explicit_graph(quantized, Call((x,), {}))[0], Call((x,), {}))
     out, err = capfd.readouterr()
     assert (out, err) == ("", "")
 
 
-def test_it_is_the_same_each_time(network: nn.Module) -> None:
+def test_it_is_the_same_each_time(network: nn.Module, static: fewbit.Recipe) -> None:
     x = torch.ones(2, 3, 8, 8)
-    quantized = fewbit.quantize(network, "int8-static", [x])
+    quantized = fewbit.quantize(network, static, [x])
     call = Call((x,), {})
     first, second = (onnx_model(explicit_graph(quantized, call)[0], call).SerializeToString() for _ in range(2))
     assert first == second
 
 
-def test_inputs_are_named_as_in_forward(net: Any) -> None:
+def test_inputs_are_named_as_in_forward(static: fewbit.Recipe) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -127,7 +127,7 @@ def test_inputs_are_named_as_in_forward(net: Any) -> None:
 
     torch.manual_seed(0)
     call = Call((torch.randn(3, 4),), {"weights": torch.rand(3, 1)})
-    quantized = fewbit.quantize(Two().eval(), "int8-static", [{"vectors": call.args[0], **call.kwargs}])
+    quantized = fewbit.quantize(Two().eval(), static, [{"vectors": call.args[0], **call.kwargs}])
     made = onnx_model(explicit_graph(quantized, call)[0], call)
     assert [item.name for item in made.graph.input] == ["vectors", "weights"]
     onnx.checker.check_model(made, full_check=True)
@@ -154,21 +154,21 @@ def test_an_interrupted_write_leaves_the_old_file(proto: Any, tmp_path: Path, mo
     assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
 
 
-def test_without_the_packages(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_packages(network: nn.Module, static: fewbit.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
     x = torch.randn(2, 3, 8, 8)
     call = Call((x,), {})
-    module = explicit_graph(fewbit.quantize(network, "int8-static", [x]), call)[0]
+    module = explicit_graph(fewbit.quantize(network, static, [x]), call)[0]
     with pytest.raises(fewbit.UnsupportedError, match=r"needs onnx and onnxscript: pip install 'fewbit\[onnxruntime\]'"):
         onnx_model(module, call)
 
 
-def test_what_onnx_has_not(net: Any) -> None:
+def test_what_onnx_has_not(net: Any, static: fewbit.Recipe) -> None:
     torch.manual_seed(0)
     model = net(lambda m, x: m.a(torch.special.i1e(x)), a=nn.Linear(4, 3)).eval()
     x = torch.randn(3, 4)
     call = Call((x,), {})
-    module = explicit_graph(fewbit.quantize(model, "int8-static", [x]), call)[0]
+    module = explicit_graph(fewbit.quantize(model, static, [x]), call)[0]
     with pytest.raises(fewbit.UnsupportedError, match="torch.onnx cannot write this model"):
         onnx_model(module, call)
 

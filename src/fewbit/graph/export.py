@@ -34,7 +34,9 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
                     wider = _several((args, kwargs))
                     if wider is not None:
                         shapes = _signature_shapes(model, *wider)
-                        return torch.export.export(model, *wider, dynamic_shapes=shapes, strict=False)
+                        program = torch.export.export(model, *wider, dynamic_shapes=shapes, strict=False)
+                        if takes_any_batch(program):
+                            return program
             # torch.export raises whatever the model's own code raises on traced values: any of it means "does not export".
             except Exception as error:
                 first = (str(error).strip().splitlines() or [""])[0]
@@ -43,6 +45,16 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
     return reason
+
+
+def takes_any_batch(program: torch.export.ExportedProgram) -> bool:
+    """Whether all inputs have a first axis that may be of any size from two on."""
+    inputs = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    given = [inputs[str(name)] for name in program.graph_signature.user_inputs if str(name) in inputs]
+    sizes = [x.shape[0] for x in given if isinstance(x, Tensor) and x.dim()]
+    # A size that the model's code fixed is still a SymInt, of a number or of a symbol with bounds.
+    ranges = [None if isinstance(size, int) else program.range_constraints.get(size.node.expr) for size in sizes]
+    return bool(ranges) and all(r is not None and r.lower <= 2 and bool(r.upper > 2**40) for r in ranges)
 
 
 def leaves(inputs: Any) -> list[Any]:

@@ -121,7 +121,7 @@ class _Fusion:
 
     def _layer(self, call: Node, end: Node, grid: Grid | None) -> Node:
         """A layer with its clamp, to codes or (without a grid) to float."""
-        scale_in, zero_in = first(call).args[1:3]
+        scale_in, zero_in = _grid(first(call))
         weight, bias = call.args[1], call.args[2] if len(call.args) > 2 else None
         codes, scale = self._constants(weight)
         sums = codes.flatten(1).sum(1, dtype=torch.int64)
@@ -180,7 +180,7 @@ class _Fusion:
             sizes = first(call).meta["val"].shape[2:]
             if all(isinstance(size, int) for size in sizes):
                 kernel = list(sizes)
-        scale_in, zero_in = first(call).args[1:3]
+        _, zero_in = _grid(first(call))
         multiplier = _ratio(first(call), grid)
         around = (found["stride"], found["padding"], found["count_include_pad"])
         y = self._call(_fewbit.average_uint8.default, codes, kernel, *around, multiplier, zero_in, grid[1])
@@ -214,7 +214,8 @@ class _Fusion:
     def _lookup(self, call: Node, end: Node, grid: Grid) -> Node:
         value = first(end)
         every = torch.arange(256, dtype=torch.uint8)
-        results = end.target(DEQUANTIZE(every, *value.args[1:3]), *end.args[1:], **end.kwargs)
+        function: Any = end.target
+        results = function(DEQUANTIZE(every, *value.args[1:3]), *end.args[1:], **end.kwargs)
         table = self._attribute(f"{end.name}_table", QUANTIZE(results, *grid))
         return self._call(_fewbit.lookup_uint8.default, self.codes[first(value)], table)
 
@@ -301,6 +302,13 @@ def _step(bound: float, grid: Grid) -> float:
 
 def _float32(value: Any) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
+
+
+def _grid(value: Node) -> Grid:
+    """Scale and zero point of a quantize or dequantize node."""
+    scale, zero_point = value.args[1:3]
+    assert isinstance(scale, float) and isinstance(zero_point, int)
+    return scale, zero_point
 
 
 def _ratio(value: Node, grid: Grid) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from fewbit.graph.export import export, module_of, operator_of, signature, value_names
+from fewbit.graph.export import export, module_of, operator_of, signature, takes_any_batch, value_names
 
 LAYERS = (torch.ops.aten.conv2d.default, torch.ops.aten.linear.default)
 # Results are among the values of the input, or zero.
@@ -78,8 +78,7 @@ def read_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     _spell_padding(module)
     found = ((node, _layer_of(node, model, module)) for node in module.graph.nodes)
     calls = {node: name for node, name in found if name is not None and name in layers}
-    examples = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
-    any_batch = any(isinstance(x, Tensor) and x.dim() and not isinstance(x.shape[0], int) for x in examples)
+    any_batch = takes_any_batch(program)
     made_for = signature((args, kwargs), any_batch)
     carried = _carried(module.graph, calls)
     values = _values(module.graph, calls, carried)
@@ -154,7 +153,9 @@ def _make_functional(module: GraphModule) -> str:
             or any(node < u for v in others for u in v.users)
         ):
             return f"{operator_of(node)} writes to memory that is read in another shape: write {operator_of(node)}(x) there"
-        written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: node < user)
+        for user in list(written.users):
+            if node < user:
+                user.replace_input_with(written, node)
         node.target = getattr(functional, overload)
     return ""
 

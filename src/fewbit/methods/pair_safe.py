@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fewbit.methods.method import Method
 from fewbit.methods.mse import MeanSquaredError
-from fewbit.qtensor import QTensor, encode, pack, qparams, value_range
+from fewbit.qtensor import LARGEST, QTensor, encode, pack, qparams, value_range
 from fewbit.spec import QuantSpec, per_channel
 
 LIMIT = 128  # of the sum of a pair's codes of one sign
@@ -46,9 +46,12 @@ class PairSafe(Method):
         low, high = value_range(weight, spec)
         importance = weight.new_ones(1, 1) if importance is None else torch.atleast_2d(importance)
         best_error = torch.full_like(low, torch.inf)
-        best_scale = torch.ones_like(low)
+        best_scale = torch.ones(low.shape)
         best_codes = torch.zeros(weight.shape, dtype=torch.int8)
+        largest = float(torch.maximum(-low, high).max()) if low.numel() else 0.0
         for share in self.shares:
+            if share > 1 and share * largest > LARGEST:
+                continue
             scale, _ = qparams(low * share, high * share, spec)
             assert isinstance(scale, Tensor)
             codes = bounded(encode(weight, spec, scale, None), pairs)
