@@ -92,7 +92,8 @@ struct Inside {
 inline int64_t entered(int64_t first, int64_t step) { return first < 0 ? (-first + step - 1) / step * step + first : first; }
 
 // f(window, its pixel of the output) for all windows of rows [begin, end) of the output.
-template <class F> __attribute__((always_inline)) inline void for_windows(const Pool& p, int64_t begin, int64_t end, const F& f) {
+template <class F>
+__attribute__((always_inline)) inline void for_windows(const Pool& p, int64_t begin, int64_t end, const F& f) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t top = row % p.out_height * p.stride[0] - p.padding[0];
     const int64_t bottom = top + (p.kernel[0] - 1) * p.dilation[0] + 1;

@@ -46,7 +46,8 @@ class Program {
   void restart() { next_ = sizeof(Header) / 8; }
 
   int64_t word() {
-    STD_TORCH_CHECK(next_ < static_cast<int64_t>(sizeof(Header)) / 8 + header_.words, "fewbit: the program ends within a step.");
+    STD_TORCH_CHECK(next_ < static_cast<int64_t>(sizeof(Header)) / 8 + header_.words,
+                    "fewbit: the program ends within a step.");
     int64_t value;
     std::memcpy(&value, data_ + 8 * next_++, 8);
     return value;
@@ -206,7 +207,8 @@ class Run {
   }
 
   static bool is_channels_last(const Tensor& x) {
-    const int64_t channels = x.size(1), width = x.size(3), strides[4] = {x.size(2) * width * channels, 1, width * channels, channels};
+    const int64_t channels = x.size(1), width = x.size(3);
+    const int64_t strides[4] = {x.size(2) * width * channels, 1, width * channels, channels};
     for (int axis = 0; axis < 4; ++axis)
       if (x.size(axis) != 1 && x.stride(axis) != strides[axis]) return false;
     return true;
@@ -248,8 +250,8 @@ class Run {
 
   void add_step() {
     const Value &a = value(), &b = value();
-    STD_TORCH_CHECK(a.shape == b.shape, "fewbit: the terms of a sum must be of the same shape, found ", listed(a.shape), " and ",
-                    listed(b.shape), ".");
+    STD_TORCH_CHECK(a.shape == b.shape, "fewbit: the terms of a sum must be of the same shape, found ", listed(a.shape),
+                    " and ", listed(b.shape), ".");
     Add add{a.data, b.data, 0, 0, 0, 0, {}};
     add.a_multiplier = static_cast<float>(program_.number());
     add.a_zero_point = code_of(program_.word(), "a_zero_point");

@@ -51,7 +51,8 @@ bool convolutions_agree(const Kernels& kernels, const Kernels& reference) {
   for (const Filter& f : {Filter{70, 12, 3, 3, 1}, Filter{70, 1, 3, 3, 70}}) {
     static_assert(255 * 128 * 12 * 9 < 1 << 24);
     // Outputs of the largest, of the smallest and of alternating weights; and with the largest pairs that fit int16.
-    const int kinds[2][4][2] = {{{127, 127}, {-128, -128}, {127, -128}, {-77, 101}}, {{64, 64}, {-64, -64}, {127, 1}, {-128, 127}}};
+    const int kinds[2][4][2] = {{{127, 127}, {-128, -128}, {127, -128}, {-77, 101}},
+                                {{64, 64}, {-64, -64}, {127, 1}, {-128, 127}}};
     for (const auto& kind : kinds) {
       std::vector<int8_t> weight(f.outputs * f.depth());
       const int64_t area = f.height * f.width;

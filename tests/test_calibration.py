@@ -40,7 +40,9 @@ def batches() -> list[Call]:
 def both(model: nn.Module, batches: list[Call], recipe: Recipe = STATIC) -> tuple[Statistics, Statistics, Plan, Graph]:
     """From hooks alone, and with the graph."""
     plan = fewbit.make_plan(model, recipe)
-    layers = {name for name, site in plan.sites.items() if site.scheme.input is not None and site.scheme.input.is_static}
+    layers = {
+        name for name, site in plan.sites.items() if site.scheme.input is not None and site.scheme.input.is_static
+    }
     graph = read_graph(model, batches[0].args, batches[0].kwargs, layers)
     assert isinstance(graph, Graph), graph
     return calibrate(model, plan, batches), calibrate(model, plan, batches, graph), plan, graph
@@ -138,7 +140,9 @@ def test_what_the_model_raises_names_the_batch(model: nn.Module, batches: list[C
     plan = fewbit.make_plan(model, STATIC)
     wrong = Call((torch.randn(2, 5, 8, 8),), {})
     for graph in (None, both(model, batches)[3]):
-        with pytest.raises(CalibrationError, match=r"calibration batch 1: Net raised RuntimeError on 0: float32 \[2, 5, 8, 8\]"):
+        with pytest.raises(
+            CalibrationError, match=r"calibration batch 1: Net raised RuntimeError on 0: float32 \[2, 5, 8, 8\]"
+        ):
             calibrate(model, plan, [batches[0], wrong], graph)
 
 

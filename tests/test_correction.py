@@ -31,7 +31,11 @@ def prepared(model: nn.Module) -> tuple[Plan, dict[str, dict[str, QTensor]], dic
     plan = fewbit.make_plan(model, STATIC)
     grid: Any = qparams(torch.tensor([-4.0]), torch.tensor([4.0]), INPUT)
     sites: dict[str, Any] = {name: model.get_submodule(name) for name in plan.sites}
-    return plan, {n: {"weight": quantize(m.weight.flatten(1), WEIGHT)} for n, m in sites.items()}, dict.fromkeys(sites, grid)
+    return (
+        plan,
+        {n: {"weight": quantize(m.weight.flatten(1), WEIGHT)} for n, m in sites.items()},
+        dict.fromkeys(sites, grid),
+    )
 
 
 def spoiled(weight: QTensor, factors: Tensor) -> QTensor:
@@ -105,7 +109,9 @@ def test_affine_is_better_than_none_on_a_real_model(fashion: fewbit.Task) -> Non
 
 def scales_and_biases(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     state = model.state_dict()
-    return [v for n, v in state.items() if n.endswith("weight_scale")], [v for n, v in state.items() if n.endswith("bias")]
+    return [v for n, v in state.items() if n.endswith("weight_scale")], [
+        v for n, v in state.items() if n.endswith("bias")
+    ]
 
 
 def test_bias_keeps_scales_and_affine_changes_them(cnn: nn.Module, images: list[Tensor]) -> None:
@@ -226,7 +232,9 @@ def test_rows_that_take_another_way_when_quantized() -> None:
         model.gate.weight *= 1e-3  # close decisions
     data = [torch.randn(64, 8), torch.randn(1, 8), torch.randn(2, 8)]
     quantized = fewbit.quantize(model, STATIC, data)
-    assert all(bool(tensor.isfinite().all()) for tensor in quantized.state_dict().values() if tensor.is_floating_point())
+    assert all(
+        bool(tensor.isfinite().all()) for tensor in quantized.state_dict().values() if tensor.is_floating_point()
+    )
 
 
 def test_a_model_is_as_it_was_for_a_second_quantize(cnn: nn.Module, images: list[Tensor]) -> None:

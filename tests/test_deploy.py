@@ -64,7 +64,9 @@ def test_the_built_in_target_is_the_default(model: nn.Module, images: list[Tenso
 @pytest.mark.parametrize("batch", ["tensor", "tuple", "list-with-labels", "dict"])
 def test_example_inputs_in_the_forms_of_batches(batch: str, model: nn.Module, images: list[Tensor]) -> None:
     x = images[0]
-    given: Any = {"tensor": x, "tuple": (x,), "list-with-labels": [x, torch.arange(4)], "dict": {"x": x, "labels": 3}}[batch]
+    given: Any = {"tensor": x, "tuple": (x,), "list-with-labels": [x, torch.arange(4)], "dict": {"x": x, "labels": 3}}[
+        batch
+    ]
     lowered = fewbit.lower(model, given)
     with torch.no_grad():
         y = lowered(x=x) if batch == "dict" else lowered(x)
@@ -123,11 +125,15 @@ def test_an_engine_that_computes_something_else(
     factor: float, model: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(TARGETS, "times", Times(factor))
-    with pytest.raises(UnsupportedError, match="times computes something else than the codes say: its outputs are .* % away"):
+    with pytest.raises(
+        UnsupportedError, match=r"times computes something else than the codes say: its outputs are .* % away"
+    ):
         fewbit.lower(model, images[0], "times")
 
 
-def test_an_engine_that_rounds_otherwise(model: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_rounds_otherwise(
+    model: nn.Module, images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(TARGETS, "times", Times(1.01))
     lowered = fewbit.lower(model, images[0], "times")
     assert lowered.target == "times" and abs(lowered.difference - 0.01) < 1e-5
@@ -165,7 +171,8 @@ def test_export_of_a_loaded_model_is_the_same_file(
     fewbit.save(model, tmp_path / "saved")
     loaded = fewbit.load(tmp_path / "saved", cnn)
     first, second = (
-        fewbit.export(m, tmp_path / f"{name}.onnx", example_inputs=images[0]) for m, name in ((model, "a"), (loaded, "b"))
+        fewbit.export(m, tmp_path / f"{name}.onnx", example_inputs=images[0])
+        for m, name in ((model, "a"), (loaded, "b"))
     )
     assert first.read_bytes() == second.read_bytes()
 
@@ -183,12 +190,14 @@ def test_export_replaces_and_does_not_change_the_model(model: nn.Module, images:
 @needs_onnxruntime
 def test_a_place_that_cannot_be_written(model: nn.Module, images: list[Tensor], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(fewbit.FewbitError, match="cannot be written: .* Give a place that you may write to"):
+    with pytest.raises(fewbit.FewbitError, match=r"cannot be written: .* Give a place that you may write to"):
         fewbit.export(model, tmp_path / "file" / "net.onnx", example_inputs=images[0])
 
 
 @pytest.mark.parametrize(("name", "target"), [("net.onnx", "torch"), ("net", "onnxruntime"), ("net.pt", "openvino")])
-def test_what_export_does_not_write(name: str, target: str, model: nn.Module, images: list[Tensor], tmp_path: Path) -> None:
+def test_what_export_does_not_write(
+    name: str, target: str, model: nn.Module, images: list[Tensor], tmp_path: Path
+) -> None:
     with pytest.raises(UnsupportedError, match=r"exported as NAME.onnx. For PyTorch save the quantized model"):
         fewbit.export(model, tmp_path / name, target, example_inputs=images[0])
 

@@ -60,8 +60,8 @@ def export(
     path = Path(path)
     if target == "torch" or path.suffix != ".onnx":
         raise UnsupportedError(
-            f"{path}: targets 'onnxruntime' and 'openvino' are exported as NAME.onnx. For PyTorch save the quantized model with "
-            "fewbit.save, and lower it where it runs: packed weights are for one CPU."
+            f"{path}: targets 'onnxruntime' and 'openvino' are exported as NAME.onnx. For PyTorch save the quantized model "
+            "with fewbit.save, and lower it where it runs: packed weights are for one CPU."
         )
     call = to_call(model, example_inputs, "example_inputs")
     refuse_device(call)

@@ -112,7 +112,10 @@ def added(m: Any, x: Tensor) -> Tensor:
 
 
 MODELS: dict[str, tuple[Any, ...]] = {
-    "residual": (residual, lambda: {"c1": conv(3, 8), "c2": conv(8, 8), "c3": conv(8, 8), "relu": nn.ReLU(True), "f": nn.Linear(8, 5)}),
+    "residual": (
+        residual,
+        lambda: {"c1": conv(3, 8), "c2": conv(8, 8), "c3": conv(8, 8), "relu": nn.ReLU(True), "f": nn.Linear(8, 5)},
+    ),
     "dense": (dense, lambda: {"a": conv(3, 8), "b": conv(8, 4), "c": conv(12, 4), "d": conv(16, 5)}),
     "inception": (
         inception,
@@ -122,7 +125,10 @@ MODELS: dict[str, tuple[Any, ...]] = {
     "add_itself": (lambda m, x: (lambda y: m.b(y + y))(m.a(x)), pair()),
     "add_constant": (lambda m, x: m.b(m.a(x) + 1.0), pair()),
     "add_broadcast": (lambda m, x: (lambda y: m.b(y + y.mean((2, 3), keepdim=True)))(torch.relu(m.a(x))), pair()),
-    "cat_itself": (lambda m, x: (lambda y: m.b(torch.cat([y, y], 1)))(m.a(x)), lambda: {"a": conv(3, 8), "b": conv(16, 5)}),
+    "cat_itself": (
+        lambda m, x: (lambda y: m.b(torch.cat([y, y], 1)))(m.a(x)),
+        lambda: {"a": conv(3, 8), "b": conv(16, 5)},
+    ),
     "cat_rows": (
         lambda m, x: m.b(torch.cat([m.a(x), m.c(x)], -2)),
         lambda: {"a": conv(3, 8), "c": conv(3, 8), "b": conv(8, 5)},
@@ -138,7 +144,10 @@ MODELS: dict[str, tuple[Any, ...]] = {
     "mean_keepdim": (lambda m, x: m.b(m.a(x).mean((2, 3), keepdim=True)), pair(kernel=1)),
     "adaptive": (lambda m, x: m.f(F.adaptive_avg_pool2d(torch.relu(m.a(x)), 1).view(x.shape[0], -1)), classifier()),
     "adaptive_two": (lambda m, x: m.f(F.adaptive_avg_pool2d(torch.relu(m.a(x)), 2).flatten(1)), classifier(32)),
-    "option_a": (option_a, lambda: {"a": conv(3, 8), "b": conv(8, 16, stride=2), "c": conv(16, 16), "f": nn.Linear(16, 5)}),
+    "option_a": (
+        option_a,
+        lambda: {"a": conv(3, 8), "b": conv(8, 16, stride=2), "c": conv(16, 16), "f": nn.Linear(16, 5)},
+    ),
     "flatten_one": (lambda m, x: m.f(torch.relu(m.a(x)).flatten(1)), classifier(8, kernel_size=8, padding=0)),
     "flatten": (lambda m, x: m.f(torch.relu(m.a(x)).flatten(1)), classifier(72, kernel_size=6, padding=0)),
     "flatten_pool": (lambda m, x: m.f(F.max_pool2d(torch.relu(m.a(x)), 2).flatten(1)), classifier(128)),
@@ -187,7 +196,11 @@ MODELS: dict[str, tuple[Any, ...]] = {
     "squeeze": (squeeze, lambda: {"a": conv(3, 8), "f1": conv(8, 4, 1), "f2": conv(4, 8, 1), "b": conv(8, 5)}),
     "encoder": (lambda m, x: m.f(m.e(x)[:, 0]), encoder, (4, 6, 32)),
     "linear": (lambda m, x: m.f(torch.relu(m.a(x))), lambda: {"a": nn.Linear(16, 8), "f": nn.Linear(8, 5)}, SHORT),
-    "linear_3d": (lambda m, x: m.f(torch.relu(m.a(x))), lambda: {"a": nn.Linear(16, 8), "f": nn.Linear(8, 5)}, (4, 3, 16)),
+    "linear_3d": (
+        lambda m, x: m.f(torch.relu(m.a(x))),
+        lambda: {"a": nn.Linear(16, 8), "f": nn.Linear(8, 5)},
+        (4, 3, 16),
+    ),
     "linear_4d": (
         lambda m, x: m.f(torch.relu(m.a(x))),
         lambda: {"a": nn.Linear(16, 8), "f": nn.Linear(8, 5)},
@@ -208,7 +221,11 @@ MODELS: dict[str, tuple[Any, ...]] = {
     "there_and_back": (there_and_back, lambda: {"a": conv(3, 8), "p": nn.Linear(8, 6), "b": conv(6, 5)}),
     "several_outputs": (several_outputs, pair()),
     "twice": (lambda m, x: m.b(torch.relu(m.b(torch.relu(m.a(x))))), lambda: {"a": conv(3, 8), "b": conv(8, 8)}),
-    "from_vector": (lambda m, x: m.b(torch.relu(m.f(x)).view(-1, 8, 4, 4)), lambda: {"f": nn.Linear(16, 128), "b": conv(8, 5)}, SHORT),
+    "from_vector": (
+        lambda m, x: m.b(torch.relu(m.f(x)).view(-1, 8, 4, 4)),
+        lambda: {"f": nn.Linear(16, 128), "b": conv(8, 5)},
+        SHORT,
+    ),
     "transposed": (
         lambda m, x: m.b(torch.relu(m.t(torch.relu(m.a(x))))),
         lambda: {"a": conv(3, 8), "t": nn.ConvTranspose2d(8, 8, 2, 2), "b": conv(8, 5)},

@@ -190,9 +190,9 @@ def test_any_weight_and_bias_are_near(codes: list[int], magnitude: float, bias: 
     if not any(codes):
         assert abs(int(steps) * unit - bias) <= 1e-6 * abs(bias) + 1e-30
     # What is lost of a weight is nothing beside the bias: less than 2^-22 of it for the largest input.
-    assert 255 * input_scale * float((weights - expected).abs().max()) <= 2.0**-21 * abs(bias) + 1e-6 * 255 * input_scale * float(
-        expected.abs().max()
-    )
+    assert 255 * input_scale * float((weights - expected).abs().max()) <= 2.0**-21 * abs(
+        bias
+    ) + 1e-6 * 255 * input_scale * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("kind", ["tiny", "zero", "all-zero"])

@@ -46,10 +46,10 @@ def test_equals_the_explicit_form_but_for_rounding(quantized: Any) -> None:
 def test_any_batch_size(quantized: Any) -> None:
     model, network = quantized
     rows = torch.cat(network.data)
-    first, second = (fewbit.lower(model, rows[:size]) for size in (2, 5))
+    first, second = (fewbit.lower(model, rows[:size]) for size in (3, 5))
     assert first.any_batch and second.any_batch
     with torch.no_grad():
-        for size in (3, 9):
+        for size in (2, 9):
             found, expected = first(rows[:size]), second(rows[:size])
             assert all(map(torch.equal, pytree.tree_leaves(found), pytree.tree_leaves(expected)))
 
@@ -85,13 +85,46 @@ def exact(model: nn.Module, x: Tensor, results: Callable[[str], tuple[float, int
     return made[0], made[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["residual", "dense", "inception", "max_pool", "max_pool_first", "option_a", "flatten", "flatten_pool", "tokens"]
-    + ["shuffle", "split_shuffle", "relu6", "clamp", "clamp_positive", "hardswish", "same", "same_even", "groups", "reflect"]
-    + ["depthwise", "multiplier", "dilation", "pad", "linear", "linear_3d", "linear_4d", "there_and_back", "cat_rows"]
-    + ["channels_last_sum", "linear_on_rows", "several_outputs", "twice", "add_itself", "cat_input", "from_vector"],
-)
+EXACT = [
+    "residual",
+    "dense",
+    "inception",
+    "max_pool",
+    "max_pool_first",
+    "option_a",
+    "flatten",
+    "flatten_pool",
+    "tokens",
+    "shuffle",
+    "split_shuffle",
+    "relu6",
+    "clamp",
+    "clamp_positive",
+    "hardswish",
+    "same",
+    "same_even",
+    "groups",
+    "reflect",
+    "depthwise",
+    "multiplier",
+    "dilation",
+    "pad",
+    "linear",
+    "linear_3d",
+    "linear_4d",
+    "there_and_back",
+    "cat_rows",
+    "channels_last_sum",
+    "linear_on_rows",
+    "several_outputs",
+    "twice",
+    "add_itself",
+    "cat_input",
+    "from_vector",
+]
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_equals_the_explicit_form_to_the_bit_where_float_sums_are_exact(name: str, build: Any) -> None:
     network = build(name)
     torch.manual_seed(1)
@@ -136,7 +169,9 @@ def integer_conv(codes: Tensor, zero_point: int, weight: Tensor, layer: nn.Conv2
     return sums
 
 
-@given(seed=st.integers(0, 2**31), groups=st.sampled_from([1, 2, 4]), stride=st.integers(1, 2), dilation=st.integers(1, 2))
+@given(
+    seed=st.integers(0, 2**31), groups=st.sampled_from([1, 2, 4]), stride=st.integers(1, 2), dilation=st.integers(1, 2)
+)
 @settings(max_examples=15, deadline=None)
 def test_equals_int64_arithmetic(seed: int, groups: int, stride: int, dilation: int) -> None:
     torch.manual_seed(seed)

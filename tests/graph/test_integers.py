@@ -212,7 +212,7 @@ def test_writing_to_a_view_that_is_read_elsewhere_is_refused(function: Any, net:
     assert fewbit.plan_of(quantized).skipped == {"values between layers": reason}
     with torch.no_grad():
         torch.testing.assert_close(quantized(data[0]), model(data[0]), atol=0.2, rtol=0)
-    with pytest.raises(fewbit.UnsupportedError, match="cannot be lowered: .* writes to memory"):
+    with pytest.raises(fewbit.UnsupportedError, match=r"cannot be lowered: .* writes to memory"):
         fewbit.lower(quantized, data[0])
 
 
@@ -244,7 +244,9 @@ def test_a_model_with_branches_on_data_does_not_export(net: Any) -> None:
     plan = fewbit.plan_of(fewbit.quantize(model, "int8-static", [x]))
     assert [*plan.sites] == ["a", "b"] and not plan.results
     assert plan.skipped["values between layers"] == reason
-    assert plan.summary().startswith("quantized 2 of 2 layers") and "skipped transform fold_batch_norm" in plan.summary()
+    assert (
+        plan.summary().startswith("quantized 2 of 2 layers") and "skipped transform fold_batch_norm" in plan.summary()
+    )
 
 
 @pytest.mark.parametrize(

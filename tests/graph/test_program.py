@@ -70,11 +70,25 @@ def test_equals_single_operators(quantized: Any) -> None:
 
 
 def test_what_is_one_program(build: Any) -> None:
-    for name in ("residual", "dense", "inception", "max_pool", "avg_pool", "flatten_one", "adaptive", "linear_3d", "twice"):
+    for name in (
+        "residual",
+        "dense",
+        "inception",
+        "max_pool",
+        "avg_pool",
+        "flatten_one",
+        "adaptive",
+        "linear_3d",
+        "twice",
+    ):
         network = build(name)
         _, fast = both(network.quantized(), network.data[0])
         calls = [node for node in fast.graph.nodes if node.op == "call_function" and "getitem" not in node.name]
-        names = [str(node.target) for node in calls if node.target is not RUN and node.target is not torch.ops.aten.permute.default]
+        names = [
+            str(node.target)
+            for node in calls
+            if node.target is not RUN and node.target is not torch.ops.aten.permute.default
+        ]
         assert programs(fast) == 1 and not [name for name in names if "sym_size" not in name], name
 
 
@@ -117,7 +131,10 @@ def models() -> dict[str, tuple[nn.Module, Tensor, int]]:
     torch.manual_seed(0)
     recipe = fewbit.load_recipe("int8-static")
     made = {}
-    for name, model, x, most in (("mixed", Mixed(), torch.randn(17, 3, 23, 18), 2), ("encoder", Encoder(), torch.randn(17, 9, 64), 3)):
+    for name, model, x, most in (
+        ("mixed", Mixed(), torch.randn(17, 3, 23, 18), 2),
+        ("encoder", Encoder(), torch.randn(17, 9, 64), 3),
+    ):
         made[name] = (fewbit.quantize(model.eval(), recipe, [x]), x, most)
     task = fewbit.load_task(FASHION)
     assert task.calibration is not None
@@ -164,5 +181,7 @@ def test_operators_are_listed_one_by_one(real: Any) -> None:
     model, x, _ = real["mixed"]
     lowered = fewbit.lower(model, x)
     kinds = [operator.kind for operator in lowered.operators]
-    assert kinds.count("conv_uint8") == 4 and kinds.count("linear_uint8") == 2 and "max_pool2d" in kinds and "cat" in kinds
+    assert (
+        kinds.count("conv_uint8") == 4 and kinds.count("linear_uint8") == 2 and "max_pool2d" in kinds and "cat" in kinds
+    )
     assert [operator.kind for operator in lowered.operators if not operator.is_int8] == ["relu"]

@@ -129,13 +129,19 @@ def test_without_pairs_it_is_as_good_as_mse() -> None:
     torch.manual_seed(0)
     weight = torch.randn(16, 40)
     found, best = (method.quantize(weight, INT8) for method in (PAIR_SAFE, MeanSquaredError()))
-    assert float((dequantize(found) - weight).square().sum()) <= 1.01 * float((dequantize(best) - weight).square().sum())
+    assert float((dequantize(found) - weight).square().sum()) <= 1.01 * float(
+        (dequantize(best) - weight).square().sum()
+    )
 
 
 def test_codes_of_other_formats_are_those_of_mse() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 40)
-    for spec in (QuantSpec("int4", per_channel(0)), QuantSpec("int8", PER_TENSOR), QuantSpec("uint8", per_channel(0), False)):
+    for spec in (
+        QuantSpec("int4", per_channel(0)),
+        QuantSpec("int8", PER_TENSOR),
+        QuantSpec("uint8", per_channel(0), False),
+    ):
         found, expected = PAIR_SAFE.quantize(weight, spec, None, PAIRS), MeanSquaredError().quantize(weight, spec)
         assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale_values, expected.scale_values)
 

@@ -190,7 +190,9 @@ def test_pairs_are_disjoint_and_within_a_group() -> None:
             assert len(flat) == len({*flat}) and all(0 <= column < columns for column in flat)
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(1, 8, 3), nn.ConvTranspose2d(4, 4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(1, 8, 3), nn.ConvTranspose2d(4, 4, 3)], ids=str
+)
 def test_what_engines_compute_in_int32_has_no_pairs(module: nn.Module) -> None:
     assert Conv.pairs(module) == ()
 

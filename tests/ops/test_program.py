@@ -1,4 +1,4 @@
-"""run_program: each kind of step is the operator of its name to the bit, memory is shared safely, wrong programs are refused."""
+"""run_program: each kind of step is its operator to the bit, memory is shared safely, wrong programs are refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_each_kind_is_its_operator(batch: int) -> None:
         bounds = (3.0, 250.0, -1 if zero_point is None else zero_point)
         found = alone(x, Kind.CONV, *constants, *bounds, 2, 1, 1, 2, 1, 2, 17)
         geometry = ([2, 1], [1, 2], [1, 2], groups, 17)
-        same(found, operators.conv_uint8(x, packed, shape, multiplier, offset, *geometry, 3.0, 250.0, zero_point), shape)
+        same(
+            found, operators.conv_uint8(x, packed, shape, multiplier, offset, *geometry, 3.0, 250.0, zero_point), shape
+        )
     weight = torch.randint(-128, 128, (5, 12, 1, 1), dtype=torch.int8)
     packed, multiplier, offset = operators.pack_uint8(weight, 1), torch.rand(5), torch.zeros(5, dtype=torch.int32)
     found = alone(x, Kind.LINEAR, 5, 12, 1, 1, 1, packed, multiplier, offset, 0, 0.0, 255.0, 8)
@@ -74,7 +76,12 @@ def test_each_kind_is_its_operator(batch: int) -> None:
     same(alone(x, Kind.DEQUANTIZE, 0.3, 7), operators.dequantize_uint8(x, 0.3, 7), "dequantize")
     same(alone(x, Kind.RESHAPE, 4, 7, 6, 12, 2, 504), x.reshape(batch, 504), "reshape")
     y = random_codes(batch, 7, 6, 5)
-    two = [CODES, step(Kind.CODES, 1), step(Kind.CAT, 3, 3, 0, 1, 0, reads=(0, 1)), step(Kind.CAT, 1, 2, 0, 0, reads=(0,))]
+    two = [
+        CODES,
+        step(Kind.CODES, 1),
+        step(Kind.CAT, 3, 3, 0, 1, 0, reads=(0, 1)),
+        step(Kind.CAT, 1, 2, 0, 0, reads=(0,)),
+    ]
     found, other = run(assemble(two, 2, [2, 3]), x, y)
     same(found, torch.cat([x, y, x], 3), "cat")
     same(other, torch.cat([x, x], 1), "cat")
@@ -139,7 +146,11 @@ def test_slots_are_free_only_after_their_last_reader(data: st.DataObject) -> Non
 
 def test_larger_memory_is_given_back_and_taken_again() -> None:
     numbers = (1.0, 0, 1.0, 0, 0.0, 255.0, 0)
-    steps = [step(Kind.QUANTIZE, 0, 0, 1.0, 0), step(Kind.ADD, 0, 0, *numbers, reads=(0,)), step(Kind.DEQUANTIZE, 1, 1.0, 0, reads=(1,))]
+    steps = [
+        step(Kind.QUANTIZE, 0, 0, 1.0, 0),
+        step(Kind.ADD, 0, 0, *numbers, reads=(0,)),
+        step(Kind.DEQUANTIZE, 1, 1.0, 0, reads=(1,)),
+    ]
     program = assemble(steps, 1, [2])
     for rows in (10, 1 << 25, 3, 1 << 25):
         assert bool((run(program, torch.ones(rows))[0] == 2).all())
@@ -201,7 +212,22 @@ def test_a_program_of_another_machine_is_refused() -> None:
     packed = operators.pack_uint8(torch.ones(5, 12, 1, 1, dtype=torch.int8), 1)
     packed[4] = 99  # lanes
     with pytest.raises(RuntimeError, match="packed must be what pack_uint8 returns here"):
-        alone(random_codes(1, 12), Kind.LINEAR, 5, 12, 1, 1, 1, packed, torch.ones(5), torch.zeros(5).int(), 0, 0.0, 255.0, 8)
+        alone(
+            random_codes(1, 12),
+            Kind.LINEAR,
+            5,
+            12,
+            1,
+            1,
+            1,
+            packed,
+            torch.ones(5),
+            torch.zeros(5).int(),
+            0,
+            0.0,
+            255.0,
+            8,
+        )
 
 
 def test_any_change_is_refused_or_does_no_harm() -> None:

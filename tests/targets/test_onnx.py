@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,14 @@ def test_no_scale_or_zero_point_is_shared(proto: Any) -> None:
 
 def test_nothing_of_the_machine_is_in_the_file(proto: Any) -> None:
     content = proto.SerializeToString()
-    for word in (os.getcwd(), str(Path(fewbit.__file__).parent), str(Path.home()), "site-packages", ".py", "stack_trace"):
+    for word in (
+        str(Path.cwd()),
+        str(Path(fewbit.__file__).parent),
+        str(Path.home()),
+        "site-packages",
+        ".py",
+        "stack_trace",
+    ):
         assert word.encode() not in content, word
 
 
@@ -159,7 +165,9 @@ def test_without_the_packages(network: nn.Module, static: fewbit.Recipe, monkeyp
     x = torch.randn(2, 3, 8, 8)
     call = Call((x,), {})
     module = explicit_graph(fewbit.quantize(network, static, [x]), call)[0]
-    with pytest.raises(fewbit.UnsupportedError, match=r"needs onnx and onnxscript: pip install 'fewbit\[onnxruntime\]'"):
+    with pytest.raises(
+        fewbit.UnsupportedError, match=r"needs onnx and onnxscript: pip install 'fewbit\[onnxruntime\]'"
+    ):
         onnx_model(module, call)
 
 
@@ -169,7 +177,5 @@ def test_what_onnx_has_not(net: Any, static: fewbit.Recipe) -> None:
     x = torch.randn(3, 4)
     call = Call((x,), {})
     module = explicit_graph(fewbit.quantize(model, static, [x]), call)[0]
-    with pytest.raises(fewbit.UnsupportedError, match="torch.onnx cannot write this model"):
+    with pytest.raises(fewbit.UnsupportedError, match=r"torch.onnx cannot write this model"):
         onnx_model(module, call)
-
-

@@ -70,7 +70,11 @@ def test_layouts_of_inputs_do_not_matter(quantized: nn.Module, images: Tensor) -
         expected = lowered(images)
         wide = torch.randn(6, 3, 10, 20)
         wide[..., ::2] = images
-        for x in (images.to(memory_format=torch.channels_last), images.transpose(2, 3).contiguous().transpose(2, 3), wide[..., ::2]):
+        for x in (
+            images.to(memory_format=torch.channels_last),
+            images.transpose(2, 3).contiguous().transpose(2, 3),
+            wide[..., ::2],
+        ):
             assert torch.equal(lowered(x), expected)
 
 
@@ -87,7 +91,9 @@ def test_results_are_the_callers(quantized: nn.Module, images: Tensor) -> None:
     assert torch.equal(images, kept)
 
 
-def test_two_lowered_models_do_not_share_what_they_are(quantized: nn.Module, images: Tensor, static: fewbit.Recipe) -> None:
+def test_two_lowered_models_do_not_share_what_they_are(
+    quantized: nn.Module, images: Tensor, static: fewbit.Recipe
+) -> None:
     first = fewbit.lower(quantized, images)
     with torch.no_grad():
         expected = first(images)

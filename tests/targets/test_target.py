@@ -24,7 +24,9 @@ class Two(nn.Module):
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(6, 4)
 
-    def forward(self, image: Tensor, *, vector: Tensor, mask: Tensor | None = None, twice: bool = False) -> dict[str, Any]:
+    def forward(
+        self, image: Tensor, *, vector: Tensor, mask: Tensor | None = None, twice: bool = False
+    ) -> dict[str, Any]:
         y = self.a(image) * (2 if twice else 1)
         v = torch.relu(self.b(vector))
         return {"map": y if mask is None else y * mask, "rest": [v, (v.sum(1), y.amax((2, 3)))]}
@@ -98,8 +100,12 @@ def test_positional_inputs() -> None:
         lambda: (),
     ],
 )
-def test_other_shapes_are_refused_with_what_was_found(plain: fewbit.Lowered, make: Callable[[], tuple[Any, ...]]) -> None:
-    with pytest.raises(fewbit.CalibrationError, match=r"lowered for inputs \[any, 3, 6, 6\], found .* lower it again") as error:
+def test_other_shapes_are_refused_with_what_was_found(
+    plain: fewbit.Lowered, make: Callable[[], tuple[Any, ...]]
+) -> None:
+    with pytest.raises(
+        fewbit.CalibrationError, match=r"lowered for inputs \[any, 3, 6, 6\], found .* lower it again"
+    ) as error:
         plain(*make())
     assert Call(make(), {}).describe().split(": ")[0] in str(error.value)
 
@@ -117,7 +123,9 @@ def test_it_is_an_eval_module_without_parameters(plain: fewbit.Lowered) -> None:
 @pytest.mark.parametrize(("name", "extra"), [("onnxruntime", "onnxruntime"), ("openvino", "openvino")])
 def test_missing_packages_are_named_with_the_extra(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package in ("onnx", name) else real(package))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda package: None if package in ("onnx", name) else real(package)
+    )
     assert TARGETS[name].missing() == f"target {name!r} needs onnx, {name}: pip install 'fewbit[{extra}]'."
     assert TARGETS["torch"].missing() is None
 

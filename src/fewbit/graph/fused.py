@@ -1,4 +1,4 @@
-"""From the explicit form to a graph on codes: each layer with what follows it is one integer operator, nothing in between is float.
+"""From the explicit form to a graph on codes: each layer with what follows it is one integer operator, all on codes.
 
 Images are kept in channels-last order; whatever reads or moves them is shown the order it expects.
 """
@@ -54,8 +54,7 @@ class _Fusion:
         self.graph.eliminate_dead_code()
         self.graph.lint()
         names = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        result = GraphModule({name: self._value(name) for name in sorted(names)}, self.graph)
-        return result
+        return GraphModule({name: self._value(name) for name in sorted(names)}, self.graph)
 
     def _value(self, name: str) -> Any:
         return self.made[name] if name in self.made else operator.attrgetter(name)(self.source)

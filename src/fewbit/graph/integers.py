@@ -16,7 +16,7 @@ from operator import attrgetter, getitem
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule, Node
 
 from fewbit.graph.export import export, module_of, operator_of, signature, takes_any_batch, value_names
@@ -70,6 +70,7 @@ def read_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     program = export(model, args, kwargs)
     if isinstance(program, str):
         return program
+    any_batch = takes_any_batch(program)
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     if reason := _make_functional(module):
@@ -78,7 +79,6 @@ def read_graph(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
     _spell_padding(module)
     found = ((node, _layer_of(node, model, module)) for node in module.graph.nodes)
     calls = {node: name for node, name in found if name is not None and name in layers}
-    any_batch = takes_any_batch(program)
     made_for = signature((args, kwargs), any_batch)
     carried = _carried(module.graph, calls)
     values = _values(module.graph, calls, carried)
@@ -200,7 +200,8 @@ def _spell_padding(module: GraphModule) -> None:
         kernel, dilation = weight.meta["val"].shape[2:], _pair(given.get("dilation", 1))
         total = [(kernel[i] - 1) * dilation[i] if given.get("padding") == "same" else 0 for i in (0, 1)]
         if total[0] % 2 or total[1] % 2:
-            value = torch.nn.functional.pad(x.meta["val"], (0, total[1] % 2, 0, total[0] % 2))
+            *outer, height, width = x.meta["val"].shape
+            value = x.meta["val"].new_empty(*outer, height + total[0] % 2, width + total[1] % 2)
             with module.graph.inserting_before(node):
                 x = module.graph.call_function(torch.ops.aten.pad.default, (x, [0, total[1] % 2, 0, total[0] % 2]))
             x.meta = {**node.meta, "val": value}
@@ -222,9 +223,8 @@ def _carried(graph: torch.fx.Graph, layers: Mapping[Node, str]) -> set[Node]:
     inputs = {first(call) for call in layers}  # codes already: one of them may be the other term of an addition
     carried: set[Node] = set()
     for node in graph.nodes:
-        if node in layers and node.target == LAYERS[0]:
-            carried.add(node)
-        elif _can_carry(node) and _operands(node) <= carried | inputs and _operands(node) & carried:
+        is_conv = node in layers and node.target == LAYERS[0]
+        if is_conv or (_can_carry(node) and _operands(node) <= carried | inputs and _operands(node) & carried):
             carried.add(node)
     return carried
 

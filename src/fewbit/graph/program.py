@@ -68,7 +68,12 @@ class _Reading(Interpreter):
         with torch.no_grad():
             super().run(*inputs)
         for node in self.graph.nodes:
-            if node.op == "call_function" and node.args and node in self.tensors and self.tensors[node].dim() <= MOST_AXES:
+            if (
+                node.op == "call_function"
+                and node.args
+                and node in self.tensors
+                and self.tensors[node].dim() <= MOST_AXES
+            ):
                 self._read(node)
             self.stages[node] = max((self._after(value, node) for value in self.operands(node)), default=0)
 
@@ -79,7 +84,9 @@ class _Reading(Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is torch.ops.aten.max_pool2d.default and args[0].dtype == torch.uint8:  # torch refuses all but small images
+        if (
+            target is torch.ops.aten.max_pool2d.default and args[0].dtype == torch.uint8
+        ):  # torch refuses all but small images
             return super().call_function(target, (args[0].int(), *args[1:]), kwargs).to(torch.uint8)
         return super().call_function(target, args, kwargs)
 

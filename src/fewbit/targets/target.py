@@ -49,8 +49,8 @@ class Target(ABC):
 class Lowered(nn.Module):
     """A quantized model as one engine runs it: called as the model is, for any batch size if ``any_batch``.
 
-    ``operators`` are those the engine runs; ``difference`` is the relative L2 distance of its outputs from those of fewbit's own
-    integer kernels on the example inputs (0 for target "torch").
+    ``operators`` are those the engine runs; ``difference`` is the relative L2 distance of its outputs from those of fewbit's
+    own integer kernels on the example inputs (0 for target "torch").
     """
 
     def __init__(
