@@ -36,7 +36,14 @@ LIMITS = {
     }
 }
 ISA = os.environ.get("FEWBIT_ISA", "native")
-PEERS = ("gguf", "nncf", "onnxscript", "torchao", "transformers", "xllamacpp")  # beside those that fewbit.probe() looks at
+PEERS = (
+    "gguf",
+    "nncf",
+    "onnxscript",
+    "torchao",
+    "transformers",
+    "xllamacpp",
+)  # beside those that fewbit.probe() looks at
 
 # Seconds that one candidate runs until the next has its turn, and how much of them is not counted: the threads of the one
 # before may still spin, and its data are in the caches.

@@ -166,6 +166,21 @@ Tensor lookup_uint8(Tensor x, Tensor table) {
   return y;
 }
 
+Tensor max_pool_uint8(Tensor x, Numbers kernel, Numbers stride, Numbers padding, Numbers dilation, bool ceil_mode) {
+  check_codes(x, "x");
+  Pool p{};
+  set_pair(p.kernel, kernel, "kernel");
+  set_pair(p.stride, stride, "stride");
+  set_pair(p.padding, padding, "padding");
+  set_pair(p.dilation, dilation, "dilation");
+  Tensor y = new_codes(set_image(p, Shape(x), ceil_mode).vector());
+  x = contiguous_of(x);
+  p.x = bytes_of(x);
+  p.out = writable(y);
+  run(p);
+  return y;
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) {
@@ -176,6 +191,7 @@ STABLE_TORCH_LIBRARY_IMPL(fewbit, CPU, m) {
   m.impl("linear_uint8", TORCH_BOX(&linear_uint8));
   m.impl("add_uint8", TORCH_BOX(&add_uint8));
   m.impl("average_uint8", TORCH_BOX(&average_uint8));
+  m.impl("max_pool_uint8", TORCH_BOX(&max_pool_uint8));
   m.impl("lookup_uint8", TORCH_BOX(&lookup_uint8));
 }
 

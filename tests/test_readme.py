@@ -37,10 +37,11 @@ def test_code_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     names: dict[str, object] = {
         "model": model,
         "batches": batches,
+        "example_inputs": batches[0][:1],
         "evaluate": lambda candidate: torch.ones(4000) * candidate(batches[0]).isfinite().all(),
     }
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, names)
 

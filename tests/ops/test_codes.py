@@ -283,6 +283,7 @@ def test_schemas_and_fakes() -> None:
         (operators.linear_uint8, tuple(linear.values())),
         (operators.add_uint8, (x, x, 1.0, 0, 1.0, 0, 0.0, 255.0, 0)),
         (operators.average_uint8, (x, [2, 3], [1, 2], [0, 1], True, 1.0, 0, 0)),
+        (operators.max_pool_uint8, (x, [2, 3], [1, 2], [0, 1], [1, 1], True)),
         (operators.lookup_uint8, (x, random_codes(256))),
     ]
     for operator, arguments in samples:

@@ -197,10 +197,14 @@ class _Fusion:
 
     def _move(self, call: Node, end: Node, grid: Grid) -> Node:
         codes = self._regridded(first(call), grid)
-        if self._is_image(first(call)):
+        if self._is_image(first(call)) and operator_of(call) != "max_pool2d":
             codes = self._call(_aten.permute.default, codes, [0, 3, 1, 2])
         arguments = [self._size(argument) for argument in call.args[1:]]
         name = operator_of(call)
+        if name == "max_pool2d":
+            return self._call(
+                _fewbit.max_pool_uint8.default, codes, *_pooling(*arguments, **dict[str, Any](call.kwargs))
+            )
         function = _aten.reshape.default if name == "view" else call.target
         kwargs = dict(call.kwargs)
         if name == "pad":
@@ -301,6 +305,15 @@ def _step(bound: float, grid: Grid) -> float:
 
 def _float32(value: Any) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
+
+
+def _pooling(
+    kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+) -> tuple[Any, ...]:
+    """The arguments of max_pool_uint8."""
+    values = (kernel_size, stride or kernel_size, padding, dilation)
+    pairs = [[value] if isinstance(value, int) else list(value) for value in values]
+    return (*(pair * (2 // len(pair)) for pair in pairs), ceil_mode)
 
 
 def _grid(value: Node) -> Grid:

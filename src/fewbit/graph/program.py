@@ -83,13 +83,6 @@ class _Reading(Interpreter):
             self.tensors[n] = result.to("meta")
         return result
 
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if (
-            target is torch.ops.aten.max_pool2d.default and args[0].dtype == torch.uint8
-        ):  # torch refuses all but small images
-            return super().call_function(target, (args[0].int(), *args[1:]), kwargs).to(torch.uint8)
-        return super().call_function(target, args, kwargs)
-
     def operands(self, node: Node) -> list[Node]:
         """What the node is computed from: sizes of a reshape do not count if they are known."""
         return [value for value in node.all_input_nodes if node not in self.views or value in self.tensors]
@@ -178,6 +171,10 @@ class _Reading(Interpreter):
             Kind.AVERAGE, (x, *kernel, *stride, *padding, int(count_padding), float(multiplier), *zero_points)
         )
 
+    def _max_pool(self, node: Node) -> _Draft:
+        x, *pairs, ceil_mode = _arguments(node)
+        return _Draft(Kind.MAX_POOL, (x, *(size for pair in pairs for size in pair), int(ceil_mode)))
+
     def _dequantize(self, node: Node) -> _Draft:
         return _Draft(Kind.DEQUANTIZE, tuple(_arguments(node)))
 
@@ -196,9 +193,6 @@ class _Reading(Interpreter):
             self.views[node] = _View(seen.base, tuple(seen.order[axis] for axis in arguments[0]))
         elif not self._are_codes(value):
             return
-        elif name == "max_pool2d" and seen.order == TO_FIRST:
-            self.drafts[node] = _max_pool(value, *arguments)
-            self.views[node] = _View(node, TO_FIRST)
         elif name == "contiguous" and self._in_order(value) and seen.base in self.drafts:
             self.views[node] = seen
         elif self._keeps_bytes(seen) and _is_for_any_batch(node, name):
@@ -218,6 +212,7 @@ _PLAIN = {  # operators that want their operands as they lie in memory
     "linear_uint8": "_layer",
     "add_uint8": "_add",
     "average_uint8": "_average",
+    "max_pool_uint8": "_max_pool",
     "dequantize_uint8": "_dequantize",
 }
 
@@ -228,16 +223,6 @@ def _arguments(node: Node) -> list[Any]:
 
 def _same(axes: int) -> Order:
     return tuple(range(axes))
-
-
-def _max_pool(
-    x: Node, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
-) -> _Draft:
-    pairs: list[int] = []
-    for pair in (kernel, stride or kernel, padding, dilation):
-        values = [pair] if isinstance(pair, int) else list(pair)
-        pairs += values * (2 // len(values))
-    return _Draft(Kind.MAX_POOL, (x, *pairs, int(ceil_mode)))
 
 
 def _is_for_any_batch(node: Node, name: str) -> bool:

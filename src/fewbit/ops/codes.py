@@ -4,6 +4,7 @@
     pack_uint8                          int8 weights to what the kernels of this machine read; not to be saved
     conv_uint8, linear_uint8            products of codes; the epilogue rescales and clamps
     add_uint8, average_uint8            sums of two tensors, means over windows
+    max_pool_uint8                      the largest code of each window
     lookup_uint8                        any function of a code
 
 Sums are exact in int32, and each step from them to a code is one float32 operation: results are the same everywhere.
@@ -16,7 +17,7 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, conv2d, pad
+from torch.nn.functional import avg_pool2d, conv2d, max_pool2d, pad
 
 from fewbit.ops import native
 from fewbit.ops.linear import LIBRARY, TAGS, register, same_device
@@ -34,6 +35,7 @@ for _schema in (
     " float high, int zero_point) -> Tensor",
     "average_uint8(Tensor x, int[] kernel, int[] stride, int[] padding, bool count_include_pad, float multiplier,"
     " int input_zero_point, int zero_point) -> Tensor",
+    "max_pool_uint8(Tensor x, int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode) -> Tensor",
     "lookup_uint8(Tensor x, Tensor table) -> Tensor",
 ):
     LIBRARY.define(_schema, tags=TAGS)
@@ -243,6 +245,22 @@ def _average(
     return rescale(t, 0, 255, zero_point).contiguous()
 
 
+def _max_pool(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    _check_dtype(x, torch.uint8, "x")
+    _check(x.ndim == 4, f"x must be [batch, height, width, channels], found {list(x.shape)}")
+    # Of uint8 torch takes small images only.
+    image = x.permute(0, 3, 1, 2).float()
+    y = max_pool2d(image, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
+    return y.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
 def _lookup(x: Tensor, table: Tensor) -> Tensor:
     native.remind(x)
     _check_dtype(x, torch.uint8, "x")
@@ -305,4 +323,5 @@ register(
     _average,
     lambda x, kernel, stride, padding, *_: _new(x, _average_shape(x, kernel, stride, padding), torch.uint8),
 )
+register("max_pool_uint8", _max_pool, _max_pool)
 register("lookup_uint8", _lookup, lambda x, *_: _new(x, x.shape, torch.uint8))
