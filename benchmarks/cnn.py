@@ -45,7 +45,6 @@ FLOAT = "torch FP32"
 
 Lower = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
 FEWBIT: dict[str, Lower] = {
-    "fewbit": lambda qmodel, example: qmodel,
     "fewbit, torch": lambda qmodel, example: fewbit.lower(qmodel, example, target="torch"),
     "fewbit, ONNX Runtime": lambda qmodel, example: fewbit.lower(qmodel, example, target="onnxruntime"),
     "fewbit, OpenVINO": lambda qmodel, example: fewbit.lower(qmodel, example, target="openvino"),

@@ -116,6 +116,24 @@ def cnnlatency(rows: list[dict[str, Any]]) -> list[list[str]]:
     return speed(shown, ("model", "batch", "threads"), ("what",), "ms")
 
 
+def ablation(rows: list[dict[str, Any]]) -> list[list[str]]:
+    table = [["model", "", "top-1 %", "lost", "KL to float", "top-1 changed"]]
+    for row in rows:
+        scores = [f"{row['top-1 %']:.2f}", f"{row['drop']:.2f}", f"{row['KL']:.4f}"]
+        table.append([row["model"], row["what"], *scores, f"{row['flips']} of {row['images']}"])
+    return table
+
+
+def avx2(rows: list[dict[str, Any]]) -> list[list[str]]:
+    other = "other top-1 than fewbit's kernels"
+    table = [["", "engine", "CPU", "KL to float", "top-1 changed", other, "error to them"]]
+    for row in rows:
+        counts = [f"{row[key]} of {row['images']}" for key in ("flips", other)]
+        error = format(row["error to fewbit's kernels"], ".3g")
+        table.append([row["what"], row["engine"], row["cpu"], f"{row['KL']:.4f}", *counts, error])
+    return table
+
+
 TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "accuracy": accuracy,
     "checkpoint": checkpoint,
@@ -125,10 +143,12 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "recurrent": recurrent,
     "encoder": encoder,
     "decode": decode,
+    "ablation": ablation,
+    "avx2": avx2,
     "cnn": cnn,
     "cnnlatency": cnnlatency,
 }
-FILES = {"memory": "linear", "cnnlatency": "cnn"}  # where a table has another name than its file
+FILES = {"memory": "linear", "avx2": "avx2_engines", "cnnlatency": "cnn"}  # where a table has another name than its file
 
 
 def rendered(name: str) -> str:

@@ -38,7 +38,7 @@ def find_pairs(model: nn.Module, topology: Topology) -> list[tuple[str, str]]:
         reader = _only(topology.readers(name))
         if reader is not None and type(modules.get(reader)) is nn.ReLU and topology.sources(reader) == {name}:
             reader = _only(topology.readers(reader))
-        if reader is None or not _is_plain(reader, modules, topology, counts) or len(topology.sources(reader)) != 1:
+        if reader is None or not _is_plain(reader, modules, topology, counts):
             continue
         first, second = modules[name], modules[reader]
         if isinstance(first, nn.Linear) == isinstance(second, nn.Linear) and _inputs(second) == _outputs(first):
