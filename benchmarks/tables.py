@@ -18,12 +18,10 @@ DOCUMENTS = ("README.md", "BENCHMARKS.md")
 
 
 def accuracy(rows: list[dict[str, Any]]) -> list[list[str]]:
-    table = [["model", "metric", "", "score", "lost", "KL to float", "top-1 changed"]]
+    table = [["model", "metric", "", "score", "lost"]]
     for row in rows:
-        flips = f"{row['flips']} of {row['images']}" if row.get("flips") is not None else ""
-        kl = f"{row['KL']:.4f}" if row.get("KL") is not None else ""
         lost = f"{row['drop']:.2g}" if row.get("drop") is not None else ""
-        table.append([row["model"], row["metric"], row["what"], f"{row['score']:.4g}", lost, kl, flips])
+        table.append([row["model"], row["metric"], row["what"], f"{row['score']:.4g}", lost])
     return table
 
 
@@ -148,7 +146,11 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "cnn": cnn,
     "cnnlatency": cnnlatency,
 }
-FILES = {"memory": "linear", "avx2": "avx2_engines", "cnnlatency": "cnn"}  # where a table has another name than its file
+FILES = {
+    "memory": "linear",
+    "avx2": "avx2_engines",
+    "cnnlatency": "cnn",
+}  # where a table has another name than its file
 
 
 def rendered(name: str) -> str:
