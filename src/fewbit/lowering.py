@@ -18,9 +18,9 @@ from fewbit.pipeline import plan_of, sites_of
 from fewbit.spec import PER_TENSOR, per_channel
 
 
-def explicit_graph(model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
+def explicit_graph(model: nn.Module, call: Call, wide_sums: bool = True) -> tuple[GraphModule, bool]:
     """A quantized model's graph on these inputs in the explicit form of ``graph.explicit``, and whether it is one for any
-    batch size.
+    batch size. ``wide_sums``: see there.
 
     UnsupportedError if the model does not export or has no layer with a static 8-bit input.
     """
@@ -41,7 +41,7 @@ def explicit_graph(model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
         raise UnsupportedError(f"this {type(model).__name__} cannot be lowered: {graph}")
     if not graph.layers:
         raise UnsupportedError(f"engines take batches of images and vectors, found {call.describe()}.")
-    module = explicit(graph, {name: _integer_layer(layer) for name, layer in layers.items()}, plan.results)
+    module = explicit(graph, {name: _integer_layer(layer) for name, layer in layers.items()}, plan.results, wide_sums)
     return module, graph.any_batch
 
 
