@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fewbit.ranges import input_grids
 from fewbit.sensitivity import sensitive_ends
 from fewbit.transforms import TRANSFORMS
 
+Weights = Mapping[str, Mapping[str, QTensor]]  # by site and parameter
 PLAN = "fewbit_plan"  # the attribute of a quantized model that holds its plan
 
 
@@ -44,13 +45,44 @@ def quantize(
 
     Raises PlanError (recipe or weights), CalibrationError (data), UnsupportedError (a model that cannot be copied).
     """
+    made = decide(model, recipe, calibration, exclude)
+    layers = {
+        name: layer_class(module := made.twin.get_submodule(name))(
+            module, site.scheme, made.weights[name], made.grids[name]
+        )
+        for name, site in made.plan.sites.items()
+    }
+    return finished(swap(made.twin, layers), model, made.plan, made.biases)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided of a model before its layers are replaced.
+
+    ``twin``: the float twin of the plan, which shares parameters with the model. ``rounded``: the weights as the methods
+    chose them; ``weights``: the same after correction, ``biases`` what correction made of biases. ``shared``: sites that read
+    one value. ``examples``: the calibration batches once more, those of an iterator as far as they were kept.
+    """
+
+    twin: nn.Module
+    plan: Plan
+    rounded: Weights
+    weights: Weights
+    grids: Mapping[str, Grid | None]
+    biases: Mapping[str, Tensor]
+    shared: tuple[tuple[str, ...], ...]
+    examples: Callable[[], Iterable[Call]]
+
+
+def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, exclude: Iterable[str]) -> Decision:
+    """Everything that ``quantize`` decides; its arguments and errors."""
     recipe = load_recipe(recipe, exclude)
     if next(sites_of(model), None) is not None:
         raise PlanError(f"this {type(model).__name__} is quantized already: quantize the float model it came from.")
     if recipe.needs_calibration and calibration is None:
         raise CalibrationError(f"recipe {recipe.name!r} fixes input ranges: it needs calibration batches.")
     batches = None if calibration is None else calls(model, calibration)
-    twin = _twin(model)
+    twin = twin_of(model)
     first = next(batches) if batches is not None else None
     twin, places, unread = _find_transforms(twin, recipe, first)
     plan = make_plan(twin, recipe)
@@ -67,8 +99,8 @@ def quantize(
         if isinstance(calibration, Iterator):
             stream = itertools.chain(again := list(itertools.islice(stream, EXAMPLES)), stream)
         # On a twin of its own: modules may count their calls or keep what they saw.
-        graph, unread = _find_graph(_twin(twin), plan, first)
-        statistics = calibrate(_twin(twin), plan, stream, graph)
+        graph, unread = _find_graph(twin_of(twin), plan, first)
+        statistics = calibrate(twin_of(twin), plan, stream, graph)
         plan = _without_unreached(plan, statistics, twin)
         plan = replace(plan, skipped={**plan.skipped, **unread}, results=_results(plan, statistics, graph))
 
@@ -76,7 +108,7 @@ def quantize(
         return again or calls(model, calibration)
 
     rounded = _quantized_weights(twin, plan, statistics)
-    shared = () if graph is None else graph.inputs().values()
+    shared = [] if graph is None else list(graph.inputs().values())
     grids = input_grids(twin, plan, statistics, shared, examples() if statistics else ())
     weights, biases = _corrected(twin, plan, rounded, grids, examples())
     if recipe.sensitive is not None and statistics:
@@ -86,10 +118,15 @@ def quantize(
         if sensitive:
             plan = _without(plan, sensitive, twin)
             weights, biases = _corrected(twin, plan, rounded, {name: grids[name] for name in plan.sites}, examples())
-    twin = _swap(twin, plan, weights, grids)
+    readers = tuple(tuple(names) for names in shared)
+    return Decision(twin, plan, rounded, weights, grids, biases, readers, examples)
+
+
+def finished(twin: nn.Module, model: nn.Module, plan: Plan, biases: Mapping[str, Tensor]) -> nn.Module:
+    """The quantized ``twin`` with these biases, its plan, and nothing that it shares with ``model``."""
     for name, bias in biases.items():
         twin.get_submodule(name)._parameters["bias"] = nn.Parameter(bias)
-    _unshare(twin, model)
+    unshare(twin, model)
     setattr(twin, PLAN, plan)
     return twin
 
@@ -107,7 +144,7 @@ def float_twin(model: nn.Module, plan: Plan) -> nn.Module:
 
     Shares parameters with ``model``; PlanError if the plan does not fit the model.
     """
-    twin = _twin(model)
+    twin = twin_of(model)
     for name, places in plan.transforms.items():
         if name not in TRANSFORMS:
             raise PlanError(f"plan.transforms: unknown transform {name!r}.")
@@ -133,17 +170,17 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         shapes = {k: tuple(m.shape) for k, m in layer_class(modules[name]).matrices(modules[name]).items()}
         if not site.weights or any(shapes.get(key) != shape for key, shape in site.weights.items()):
             raise PlanError(f"plan.sites.{name}: needs weights {dict(site.weights)}, found {shapes}.")
-    weights = {
-        name: {key: empty(shape, site.scheme.weight) for key, shape in site.weights.items()}
-        for name, site in plan.sites.items()
-    }
-    grids = {name: input_placeholder(site.scheme.input) for name, site in plan.sites.items()}
-    twin = _swap(twin, plan, weights, grids)
+    layers = {}
+    for name, site in plan.sites.items():
+        weights = {key: empty(shape, site.scheme.weight) for key, shape in site.weights.items()}
+        grid = input_placeholder(site.scheme.input)
+        layers[name] = layer_class(modules[name])(modules[name], site.scheme, weights, grid)
+    twin = swap(twin, layers)
     setattr(twin, PLAN, plan)
     return twin
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module) -> nn.Module:
     """A copy of the model in eval mode that shares its parameters, so that the weights are not in memory twice."""
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         raise UnsupportedError(f"{type(model).__name__} has lazy layers without weights: run it on one batch first.")
@@ -158,7 +195,7 @@ def _twin(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def _unshare(twin: nn.Module, model: nn.Module) -> None:
+def unshare(twin: nn.Module, model: nn.Module) -> None:
     """Give the twin its own copy of each parameter that it still shares with the model. What is tied stays tied."""
     shared = {id(parameter) for parameter in model.parameters()}
     copies: dict[int, nn.Parameter] = {}
@@ -184,7 +221,7 @@ def _find_transforms(
             topology = (
                 "it needs a calibration batch"
                 if first is None
-                else read_topology(_twin(twin), first.args, first.kwargs)
+                else read_topology(twin_of(twin), first.args, first.kwargs)
             )
         if isinstance(topology, str):
             unread[f"transform {name}"] = topology
@@ -243,10 +280,10 @@ def _without(plan: Plan, reasons: dict[str, str], twin: nn.Module) -> Plan:
 def _corrected(
     twin: nn.Module,
     plan: Plan,
-    weights: Mapping[str, Mapping[str, QTensor]],
+    weights: Weights,
     grids: Mapping[str, Grid | None],
     batches: Iterable[Call],
-) -> tuple[Mapping[str, Mapping[str, QTensor]], dict[str, Tensor]]:
+) -> tuple[Weights, dict[str, Tensor]]:
     """Weights and new biases after the recipe's correction, if it has one and there is something to correct."""
     if plan.recipe.correction is None or all(grid is None for grid in grids.values()):
         return weights, {}
@@ -283,24 +320,14 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> d
     return result
 
 
-def _swap(
-    twin: nn.Module,
-    plan: Plan,
-    weights: Mapping[str, Mapping[str, QTensor]],
-    grids: Mapping[str, Grid | None],
-) -> nn.Module:
-    """Replace the sites by quantized layers, in place; returns the model (the layer, if the model is one layer)."""
-    replacements: dict[nn.Module, nn.Module] = {}
-    for name, site in plan.sites.items():
-        module = twin.get_submodule(name)
-        replacements[module] = layer_class(module)(module, site.scheme, weights[name], grids[name])
-    if twin in replacements:
-        return replacements[twin]
+def swap(twin: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Replace modules by name, in place; returns the model (the layer, if the model is one layer)."""
+    replacements = {twin.get_submodule(name): layer for name, layer in layers.items()}
     for parent in list(twin.modules()):
         for child, layer in parent._modules.items():
             if layer is not None and layer in replacements:
                 parent._modules[child] = replacements[layer]
-    return twin
+    return replacements.get(twin, twin)
 
 
 def sites_of(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
