@@ -28,6 +28,7 @@ ORDER = (
     ("correction", "ranges"),
     ("sensitivity",),
     ("pipeline",),
+    ("training",),
     ("lowering",),
     ("targets",),
     ("verify",),

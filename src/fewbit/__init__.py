@@ -26,6 +26,7 @@ from fewbit.search import Answer, Trial, autoquantize
 from fewbit.spec import PER_TENSOR, PER_TOKEN, Granularity, QuantSpec, Scheme, per_channel, per_group
 from fewbit.targets import Lowered, load, save
 from fewbit.task import Task, load_task
+from fewbit.training import convert, prepare_qat
 from fewbit.verify import Budget, Comparison, Verdict, compare
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "Verdict",
     "autoquantize",
     "compare",
+    "convert",
     "export",
     "load",
     "load_recipe",
@@ -64,6 +66,7 @@ __all__ = [
     "per_channel",
     "per_group",
     "plan_of",
+    "prepare_qat",
     "presets",
     "probe",
     "quantize",
