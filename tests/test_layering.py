@@ -32,6 +32,7 @@ ORDER = (
     ("lowering",),
     ("targets",),
     ("verify",),
+    ("distillation",),
     ("hardware",),
     ("report",),
     ("deploy",),

@@ -11,6 +11,7 @@ answer = fewbit.autoquantize(model, calibration=batches, evaluate=evaluate, budg
 from __future__ import annotations
 
 from fewbit.deploy import export, lower
+from fewbit.distillation import Training, finetune
 from fewbit.errors import (
     CalibrationError,
     CheckpointError,
@@ -51,6 +52,7 @@ __all__ = [
     "Rule",
     "Scheme",
     "Task",
+    "Training",
     "Trial",
     "UnsupportedError",
     "Verdict",
@@ -58,6 +60,7 @@ __all__ = [
     "compare",
     "convert",
     "export",
+    "finetune",
     "load",
     "load_recipe",
     "load_task",

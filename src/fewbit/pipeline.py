@@ -101,8 +101,8 @@ def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, excl
         # On a twin of its own: modules may count their calls or keep what they saw.
         graph, unread = _find_graph(twin_of(twin), plan, first)
         statistics = calibrate(twin_of(twin), plan, stream, graph)
-        plan = _without_unreached(plan, statistics, twin)
-        plan = replace(plan, skipped={**plan.skipped, **unread}, results=_results(plan, statistics, graph))
+        plan = _with_ends(_without_unreached(plan, statistics, twin), statistics)
+        plan = replace(plan, skipped={**plan.skipped, **unread}, results=result_grids(plan, statistics, graph))
 
     def examples() -> Iterable[Call]:
         return again or calls(model, calibration)
@@ -246,7 +246,7 @@ def _find_graph(twin: nn.Module, plan: Plan, first: Call) -> tuple[Graph | None,
     return graph, {}
 
 
-def _results(plan: Plan, statistics: Statistics, graph: Graph | None) -> dict[str, tuple[float, int]]:
+def result_grids(plan: Plan, statistics: Statistics, graph: Graph | None) -> dict[str, tuple[float, int]]:
     """The grids of the values that are no layer's input."""
     spec = plan.recipe.results
     grids: dict[str, tuple[float, int]] = {}
@@ -267,12 +267,27 @@ def _without_unreached(plan: Plan, statistics: Statistics, twin: nn.Module) -> P
     return _without(plan, unreached, twin) if unreached else plan
 
 
+def _with_ends(plan: Plan, statistics: Statistics) -> Plan:
+    """The plan with the recipe's scheme for the first and the last layer with a static input. Tied layers keep their own."""
+    scheme = plan.recipe.ends
+    tied = {member.rpartition(".")[0] for tie in plan.ties for member in tie}
+    # Statistics are in the order in which values were first seen.
+    order = [name for name, kept in statistics.items() if "input" in kept and name in plan.sites]
+    if scheme is None or not order:
+        return plan
+    ends = {name: replace(plan.sites[name], scheme=scheme) for name in (order[0], order[-1]) if name not in tied}
+    return replace(plan, sites={**plan.sites, **ends})
+
+
 def _without(plan: Plan, reasons: dict[str, str], twin: nn.Module) -> Plan:
     """The plan with these sites left in float."""
     recipe = plan.recipe
     for name in reasons:
         recipe = recipe.override(name, None)
     again = make_plan(twin, recipe)
+    again = replace(
+        again, sites={name: plan.sites[name] for name in again.sites}
+    )  # their schemes may be decided already
     skipped = {**again.skipped, **plan.skipped, **reasons}
     return replace(again, recipe=plan.recipe, transforms=plan.transforms, skipped=skipped, results=plan.results)
 

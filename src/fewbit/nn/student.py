@@ -170,6 +170,10 @@ class Student(nn.Module):
         assert isinstance(grid, LearnedGrid)
         return grid.quantize(self.matrix(name).detach())
 
+    def mean_step(self, name: str) -> float:
+        """The mean scale of a weight."""
+        return float(self.quantized(name).scale_values.mean())
+
     def static_grid(self) -> tuple[Tensor, Tensor | None] | None:
         """Scale and zero point of the input if they are fixed."""
         if self.input_grid is None:
