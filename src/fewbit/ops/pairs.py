@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbit.ops import native
+from fewbit.ops.linear import LIBRARY, TAGS, register
 from fewbit.spec import QuantSpec, per_channel
 
 LIMIT = 128  # of the sum of a pair's codes of one sign
@@ -27,15 +29,25 @@ def bounded(codes: Tensor, pairs: tuple[Tensor, ...]) -> Tensor:
 
     ``pairs``: sets of disjoint pairs of columns, each ``[P, 2]``. Codes only get smaller, so that no set undoes another.
     """
-    codes = codes.to(torch.int16)
     for columns in pairs:
-        chosen = codes[:, columns]
-        for sign in (1, -1):
-            excess = ((chosen * sign).clamp(min=0).sum(2) - LIMIT).clamp(min=0).to(torch.int16)
-            half = (excess + 1) // 2
-            chosen = chosen - sign * torch.stack([half, excess - half], 2)
-        codes[:, columns] = chosen
+        codes = torch.ops.fewbit.bound_pairs.default(codes.contiguous(), columns, LIMIT)
+    return codes
+
+
+def _bound_pairs(codes: Tensor, pairs: Tensor, limit: int) -> Tensor:
+    native.remind(codes)
+    codes = codes.to(torch.int16)
+    chosen = codes[:, pairs]
+    for sign in (1, -1):
+        excess = ((chosen * sign).clamp(min=0).sum(2) - limit).clamp(min=0).to(torch.int16)
+        half = (excess + 1) // 2
+        chosen = chosen - sign * torch.stack([half, excess - half], 2)
+    codes[:, pairs] = chosen
     return codes.to(torch.int8)
+
+
+LIBRARY.define("bound_pairs(Tensor codes, Tensor pairs, int limit) -> Tensor", tags=TAGS)
+register("bound_pairs", _bound_pairs, lambda codes, *_: torch.empty_like(codes))
 
 
 def saturates(codes: Tensor, pairs: tuple[Tensor, ...]) -> bool:
