@@ -5,7 +5,6 @@ The codes that a forward rounds to are those that ``Student.quantized`` keeps: w
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -122,7 +121,12 @@ class Student(nn.Module):
         super().__init__()
         padding = "_reversed_padding_repeated_twice"
         settings = {k: v for k, v in vars(module).items() if k == padding or not k.startswith("_")}
+        settings.pop("training")
         vars(self).update(settings)
+        self._settings = tuple(settings)
+        cls = float_class(module)
+        assert cls is not None
+        self._float_class = cls
         self.scheme = scheme
         self.quantized_names = tuple(weights)
         for name in dict.fromkeys((*weights, *module._parameters)):
@@ -130,28 +134,23 @@ class Student(nn.Module):
         for name, (_, grid) in weights.items():
             self.add_module(f"{name}_grid", grid)
         self.input_grid = input_grid
-        # The float layer itself, on the same parameters whatever happens to them. In a tuple it is no submodule.
-        cls = float_class(module)
-        assert cls is not None
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        vars(layer).update(settings, _parameters=self._parameters)
-        self._layer = (layer,)
-        self._adopt(layer)
+        self._adopt(module)
 
     def _adopt(self, layer: nn.Module) -> None:
         """Keep what follows from the float layer's settings."""
 
     @property
     def float_layer(self) -> nn.Module:
-        """A float layer with this one's parameters, to be changed at will."""
-        layer = copy.copy(self._layer[0])
-        vars(layer)["_parameters"] = dict(self._parameters)
-        return layer.train(self.training)
+        """A float layer with this one's settings and parameters."""
+        layer = self._float_class.__new__(self._float_class)
+        nn.Module.__init__(layer)
+        settings = {name: vars(self)[name] for name in self._settings}
+        vars(layer).update(settings, _parameters=dict(self._parameters), training=self.training)
+        return layer
 
     def matrix(self, name: str = "weight") -> Tensor:
         """The float weight as ``[rows, columns]``, see ``QuantizedLayer.matrices``."""
-        [layer] = self._layer
+        layer = self.float_layer
         return layer_class(layer).matrices(layer)[name]
 
     def rounded(self, name: str = "weight") -> Tensor:
@@ -183,7 +182,7 @@ class Student(nn.Module):
         return scale.clone(), None if zero_point is None else zero_point.clone()
 
     def extra_repr(self) -> str:
-        return f"of {type(self._layer[0]).__name__}"
+        return f"of {self._float_class.__name__}"
 
 
 class StudentLinear(Student):
@@ -218,12 +217,13 @@ class StudentConv(Student):
 class StudentEmbedding(Student):
     """Tables: only rows that are read are rounded."""
 
+    padding_idx: int | None
+
     def forward(self, input: Tensor) -> Tensor:
         return self._rows(input.reshape(-1)).reshape(*input.shape, -1)
 
     def _rows(self, indices: Tensor) -> Tensor:
-        layer: Any = self._layer[0]
-        rows = torch.nn.functional.embedding(indices, layer.weight, layer.padding_idx, sparse=layer.sparse)
+        rows = torch.nn.functional.embedding(indices, self.get_parameter("weight"), self.padding_idx)
         return cast(Tensor, cast(Any, self.weight_grid)(rows, indices))
 
 
