@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ def finetune(
     """
     start = time.monotonic()
     settings = training or Training()
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"finetune: found one {type(batches).__name__}, needs an iterable of batches.")
     data = _Data(model, list(batches), settings)
     student = prepare_qat(model, recipe, data.calibration(), trainable=settings.trainable).eval()
     schedule: Iterable[float] = _timed(start, minutes)

@@ -18,7 +18,7 @@ from fewbit.correction import EXAMPLES, correct
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
 from fewbit.graph import Graph, Topology, read_graph, read_topology
 from fewbit.methods import METHODS
-from fewbit.nn import QuantizedLayer, float_class, input_placeholder, layer_class
+from fewbit.nn import QuantizedLayer, Student, float_class, input_placeholder, layer_class
 from fewbit.observers import SecondMoment
 from fewbit.plan import Plan, Recipe, load_recipe, make_plan
 from fewbit.progress import progress
@@ -79,6 +79,8 @@ def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, excl
     recipe = load_recipe(recipe, exclude)
     if next(sites_of(model), None) is not None:
         raise PlanError(f"this {type(model).__name__} is quantized already: quantize the float model it came from.")
+    if _is_student(model):
+        raise PlanError(f"this {type(model).__name__} is a student: fewbit.convert makes the quantized model of it.")
     if recipe.needs_calibration and calibration is None:
         raise CalibrationError(f"recipe {recipe.name!r} fixes input ranges: it needs calibration batches.")
     batches = None if calibration is None else calls(model, calibration)
@@ -135,8 +137,13 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan that a quantized model was made by; PlanError for a model that fewbit did not quantize."""
     plan = getattr(model, PLAN, None)
     if not isinstance(plan, Plan):
-        raise PlanError(f"this {type(model).__name__} was not quantized by fewbit: it has no plan.")
+        hint = " It is a student: fewbit.convert makes the quantized model of it." if _is_student(model) else ""
+        raise PlanError(f"this {type(model).__name__} was not quantized by fewbit: it has no plan.{hint}")
     return plan
+
+
+def _is_student(model: nn.Module) -> bool:
+    return any(isinstance(module, Student) for module in model.modules())
 
 
 def float_twin(model: nn.Module, plan: Plan) -> nn.Module:

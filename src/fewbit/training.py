@@ -55,16 +55,21 @@ def prepare_qat(
     if not 0 <= trainable <= 1:
         raise PlanError(f"trainable must be a share of the layers between 0 and 1, found {trainable:g}.")
     made = decide(model, recipe, calibration, exclude)
-    students = _students(made, not any(p.requires_grad for p in model.parameters()))
+    students = _students(made)
+    fixed: list[str] = []
     if trainable < 1:
         errors = _errors(made, students, () if calibration is None else made.examples())
-        for name in sorted(errors, key=errors.__getitem__, reverse=True)[math.ceil(trainable * len(errors)) :]:
-            for key in students[name].quantized_names:
-                students[name].get_parameter(key).requires_grad_(False)
+        fixed = sorted(errors, key=errors.__getitem__, reverse=True)[math.ceil(trainable * len(errors)) :]
     student = swap(made.twin, dict(students))
     for name, bias in made.biases.items():
-        student.get_submodule(name)._parameters["bias"] = nn.Parameter(bias)
+        layer = students[name]
+        layer._parameters["bias"] = nn.Parameter(bias, requires_grad=layer.get_parameter("bias").requires_grad)
     unshare(student, model)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        student.requires_grad_(True)
+    for name in fixed:
+        for key in students[name].quantized_names:
+            students[name].get_parameter(key).requires_grad_(False)
     kept = tuple(chunks(made.examples(), 32, EXAMPLES)) if made.plan.results else ()
     setattr(student, STUDENT, Origin(made.plan, kept))
     return student.train()
@@ -165,7 +170,7 @@ def _share(x: Tensor, exact: Tensor) -> Tensor:
     return (x - exact).square().sum() / exact.square().sum().clamp(min=1e-30)
 
 
-def _students(made: Decision, thaw: bool) -> dict[str, Student]:
+def _students(made: Decision) -> dict[str, Student]:
     """The student of each site by name. What is tied, and the grid of a value that several sites read, they share."""
     parameters: dict[Any, tuple[nn.Parameter, LearnedGrid]] = {}
     inputs = _input_grids(made)
@@ -181,7 +186,7 @@ def _students(made: Decision, thaw: bool) -> dict[str, Student]:
                 grid = LearnedGrid(weight.spec, weight.shape, weight.scale, weight.zero_point, pairs)
                 start = _start(layer.matrices(module)[key].detach(), made.rounded[name][key], weight, grid)
                 start = layer.from_matrix(module, start).clone(memory_format=torch.contiguous_format)
-                trained = thaw or not isinstance(owner, nn.Parameter) or owner.requires_grad
+                trained = not isinstance(owner, nn.Parameter) or owner.requires_grad
                 parameters[owner] = nn.Parameter(start, requires_grad=trained), grid
             weights[key] = parameters[owner]
         students[name] = student_class(module)(module, site.scheme, weights, inputs.get(name))
