@@ -208,3 +208,12 @@ def test_results_and_correction_in_toml(tmp_path: Path) -> None:
 def test_errors_of_results_and_correction(values: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Recipe.from_json({"name": "x", "rules": [], **values}, "here")
+
+
+def test_ends_need_a_static_input() -> None:
+    recipe = load_recipe("int4-static")
+    assert recipe.ends is not None and recipe.ends.weight.format == "int8"
+    data = recipe.to_json()
+    data["ends"]["input"] = None
+    with pytest.raises(PlanError, match="ends needs an input with an observer"):
+        Recipe.from_json(data, "recipe")
