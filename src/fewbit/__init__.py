@@ -11,6 +11,7 @@ answer = fewbit.autoquantize(model, calibration=batches, evaluate=evaluate, budg
 from __future__ import annotations
 
 from fewbit.deploy import export, lower
+from fewbit.distillation import Training, finetune
 from fewbit.errors import (
     CalibrationError,
     CheckpointError,
@@ -26,6 +27,7 @@ from fewbit.search import Answer, Trial, autoquantize
 from fewbit.spec import PER_TENSOR, PER_TOKEN, Granularity, QuantSpec, Scheme, per_channel, per_group
 from fewbit.targets import Lowered, load, save
 from fewbit.task import Task, load_task
+from fewbit.training import convert, prepare_qat
 from fewbit.verify import Budget, Comparison, Verdict, compare
 
 __version__ = "0.1.0"
@@ -50,12 +52,15 @@ __all__ = [
     "Rule",
     "Scheme",
     "Task",
+    "Training",
     "Trial",
     "UnsupportedError",
     "Verdict",
     "autoquantize",
     "compare",
+    "convert",
     "export",
+    "finetune",
     "load",
     "load_recipe",
     "load_task",
@@ -64,6 +69,7 @@ __all__ = [
     "per_channel",
     "per_group",
     "plan_of",
+    "prepare_qat",
     "presets",
     "probe",
     "quantize",

@@ -28,8 +28,8 @@ def explicit_graph(model: nn.Module, call: Call, wide_sums: bool = True) -> tupl
     layers = {name: layer for name, layer in sites_of(model) if is_integer(layer)}
     if not layers:
         raise UnsupportedError(
-            f"recipe {plan.recipe.name!r} left no layer with int8 weights and a static uint8 input, which engines compute "
-            "in integers: quantize with 'int8-static'."
+            f"recipe {plan.recipe.name!r} left no layer with int8 or int4 weights and a static uint8 input, which engines "
+            "compute in integers: quantize with 'int8-static'."
         )
     dtypes = {layer.dtype for layer in layers.values()} - {torch.float32}
     if dtypes:
@@ -51,7 +51,10 @@ def is_integer(layer: QuantizedLayer) -> bool:
     spec = scheme.input
     if spec is None or spec.format != "uint8" or not spec.is_static or spec.granularity != PER_TENSOR:
         return False
-    if scheme.weight.format != "int8" or scheme.weight.granularity != per_channel(0) or scheme.weight.scale is not None:
+    weight = scheme.weight
+    if weight.format not in ("int8", "int4") or not weight.symmetric:  # 4-bit codes are 8-bit codes too
+        return False
+    if weight.granularity != per_channel(0) or weight.scale is not None:
         return False
     if isinstance(layer, Conv):
         return layer.geometry.dims == 2 and not layer.geometry.transposed

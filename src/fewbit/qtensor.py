@@ -138,6 +138,16 @@ def decode(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | N
     return _unblocked(values, codes.shape, spec.granularity)
 
 
+def within(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Which elements lie between the ends of their grid, of x's shape."""
+    low, high = spec.number.bound(spec.symmetric)
+    view = _blocks(_working(x), spec.granularity)
+    step = _aligned(scale, spec.granularity).to(torch.float32)
+    offset = 0 if zero_point is None else _aligned(zero_point, spec.granularity).to(torch.float32)
+    inside = (view >= (low - offset) * step) & (view <= (high - offset) * step)
+    return _unblocked(inside, x.shape, spec.granularity)
+
+
 def value_range(x: Tensor, spec: QuantSpec, check: bool = True) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each block, in the shape of the scale. ``check``: ValueError on NaN or infinity."""
     shape = scale_shape(x.shape, spec.granularity)
