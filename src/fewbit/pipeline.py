@@ -133,10 +133,14 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         shapes = {k: tuple(m.shape) for k, m in layer_class(modules[name]).matrices(modules[name]).items()}
         if not site.weights or any(shapes.get(key) != shape for key, shape in site.weights.items()):
             raise PlanError(f"plan.sites.{name}: needs weights {dict(site.weights)}, found {shapes}.")
-    weights = {
-        name: {key: empty(shape, site.scheme.weight) for key, shape in site.weights.items()}
-        for name, site in plan.sites.items()
-    }
+    weights: dict[str, dict[str, QTensor]] = {}
+    tied: dict[object, QTensor] = {}  # a tied weight is one here too
+    for name, site in plan.sites.items():
+        weights[name] = {}
+        for key, shape in site.weights.items():
+            parameter = modules[name]._parameters.get(key)  # None for a parametrized weight
+            owner = (name, key) if parameter is None else parameter
+            weights[name][key] = tied.setdefault(owner, empty(shape, site.scheme.weight))
     grids = {name: input_placeholder(site.scheme.input) for name, site in plan.sites.items()}
     twin = _swap(twin, plan, weights, grids)
     setattr(twin, PLAN, plan)
