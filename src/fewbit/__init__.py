@@ -24,6 +24,7 @@ from fewbit.pipeline import plan_of, quantize
 from fewbit.plan import Plan, Recipe, Rule, load_recipe, make_plan, presets
 from fewbit.search import Answer, Trial, autoquantize
 from fewbit.spec import PER_TENSOR, PER_TOKEN, Granularity, QuantSpec, Scheme, per_channel, per_group
+from fewbit.streaming import quantize_folder
 from fewbit.targets import Lowered, load, save
 from fewbit.task import Task, load_task
 from fewbit.verify import Budget, Comparison, Verdict, compare
@@ -67,5 +68,6 @@ __all__ = [
     "presets",
     "probe",
     "quantize",
+    "quantize_folder",
     "save",
 ]

@@ -147,13 +147,14 @@ def meta_model(folder: Path) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"), _default_dtype(getattr(config, "dtype", None) or _first_dtype(folder)):
-            model: nn.Module = cls(config)
+            model: Any = cls(config)
         if (folder / "generation_config.json").is_file() and hasattr(model, "generation_config"):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
     # Whatever the class makes of a configuration that is wrong.
     except Exception as error:
         raise UnsupportedError(f"{folder / CONFIG}: transformers cannot build a {names[0]} of it: {error}") from error
-    return model.eval()
+    result: nn.Module = model.eval()
+    return result
 
 
 @contextlib.contextmanager
@@ -190,8 +191,8 @@ def make_buffers(model: Any) -> None:
                 made.append((f"{prefix}.{name}" if prefix else name, module._buffers[name]))
     model.initialize_weights()
     for name, buffer in made:
-        unset = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
-        if bool(unset.any()):
+        left = buffer.isnan() if buffer.is_floating_point() else buffer == torch.iinfo(buffer.dtype).min
+        if bool(left.any()):
             raise UnsupportedError(f"{type(model).__name__}: transformers gives the buffer {name} no value.")
 
 
@@ -297,7 +298,9 @@ def _converted(
         shapes = make("meta")
     # Shards of the wrong shape surface in torch.
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise CheckpointError(f"{entries[sources[0][0]].path}: {name}: its parts do not fit together: {error}") from None
+        raise CheckpointError(
+            f"{entries[sources[0][0]].path}: {name}: its parts do not fit together: {error}"
+        ) from None
     return {
         key: Weight(value.dtype, tuple(value.shape), None, part(key))
         for key, value in shapes.items()

@@ -156,7 +156,7 @@ class TensorWriter:
             )
         if not tensor.nbytes:
             return
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         begin = entry.offset + row * (entry.nbytes // max(1, entry.shape[0] if entry.shape else 1))
         if begin + tensor.nbytes > entry.offset + entry.nbytes:
             raise ValueError(f"{name}: rows from {row} on reach beyond {list(entry.shape)}.")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.qtensor import QTensor, empty, fake_quantize
+from fewbit.qtensor import QTensor, empty, fake_quantize, parts
 from fewbit.spec import QuantSpec, Scheme
 
 
@@ -42,7 +42,8 @@ class QuantizedLayer(nn.Module):
         ).dtype  # that code sees which reads a weight
         self._shapes = {name: weight.shape for name, weight in weights.items()}
         for name, weight in weights.items():
-            self._store(name, weight)
+            for key, part in parts(weight, name).items():
+                self.register_buffer(key, part)
         scale, zero_point = (None, None) if input_grid is None else input_grid
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero_point", zero_point)
@@ -108,15 +109,6 @@ class QuantizedLayer(nn.Module):
             return "float" if spec is None else f"{spec.format} per {spec.granularity.kind}"
 
         return f"weight {words(self.scheme.weight)}, input {words(self.scheme.input)}"
-
-    def _store(self, name: str, weight: QTensor) -> None:
-        self.register_buffer(f"{name}_packed", weight.packed)
-        if isinstance(weight.scale, QTensor):
-            self._store(f"{name}_scale", weight.scale)
-        else:
-            self.register_buffer(f"{name}_scale", weight.scale)
-        if weight.zero_point is not None:
-            self.register_buffer(f"{name}_zero_point", weight.zero_point)
 
     def _load(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
         scale: Tensor | QTensor
