@@ -38,7 +38,7 @@ ORDER = (
     ("search",),
     ("streaming",),
     ("task",),
-    ("huggingface",),
+    ("huggingface", "generation"),
     ("",),  # the package itself
     ("cli",),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fewbit.targets.native import load, save, saved_bytes, tensor_bytes
+from fewbit.targets.native import load, read_checkpoint, save, saved_bytes, tensor_bytes
 from fewbit.targets.onnxruntime import OnnxRuntime
 from fewbit.targets.openvino import OpenVino
 from fewbit.targets.pytorch import PyTorch
@@ -10,4 +10,4 @@ from fewbit.targets.target import Lowered, Operator, Target
 
 TARGETS: dict[str, Target] = {target.name: target for target in (PyTorch(), OnnxRuntime(), OpenVino())}
 
-__all__ = ["TARGETS", "Lowered", "Operator", "Target", "load", "save", "saved_bytes", "tensor_bytes"]
+__all__ = ["TARGETS", "Lowered", "Operator", "Target", "load", "read_checkpoint", "save", "saved_bytes", "tensor_bytes"]
