@@ -117,7 +117,8 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def written(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+    """Bytes on the disk: what is not written yet of a file takes none."""
+    return sum(path.stat().st_blocks * 512 for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 def main() -> None:
@@ -141,7 +142,9 @@ def main() -> None:
     source = chosen.folder / f"llama-{chosen.shape}"
     free = shutil.disk_usage(chosen.folder).free + written(source)
     if free < needed:
-        sys.exit(f"{chosen.folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed; give another --folder")
+        sys.exit(
+            f"{chosen.folder}: {free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed; give another --folder"
+        )
     if not (source / "config.json").is_file():
         shutil.rmtree(source, ignore_errors=True)
         make_model(source, shape)

@@ -188,7 +188,8 @@ class Job:
             for name, part in parts(quantized, step.key).items():
                 writer.write(f"{step.name}.{name}", part, begin)
             squares += _squares(piece, quantized)
-        return float((squares[0] / squares[1]).sqrt()) if squares[1] else 0.0
+        # Rounded, since the last digits depend on the pieces.
+        return float(f"{float((squares[0] / squares[1]).sqrt()):.4g}") if squares[1] else 0.0
 
     def _copy(self, step: Step, writer: TensorWriter) -> None:
         """A tensor that stays as it is, or a buffer that is in no file."""
@@ -347,4 +348,4 @@ def _matrix(module: nn.Module, key: str, weight: Tensor) -> Tensor:
 def _squares(weight: Tensor, quantized: QTensor) -> Tensor:
     """Sums of squares of the error and of the weight."""
     error = dequantize(quantized).sub_(weight)
-    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float32).double().square() for x in (error, weight)])
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in (error, weight)])
