@@ -10,7 +10,7 @@ answer = fewbit.autoquantize(model, calibration=batches, evaluate=evaluate, budg
 
 from __future__ import annotations
 
-from fewbit.deploy import export, lower
+from fewbit.deploy import export, export_folder, lower
 from fewbit.errors import (
     CalibrationError,
     CheckpointError,
@@ -57,6 +57,7 @@ __all__ = [
     "autoquantize",
     "compare",
     "export",
+    "export_folder",
     "load",
     "load_recipe",
     "load_task",

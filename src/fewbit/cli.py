@@ -134,12 +134,24 @@ def compare(
 @app.command()
 def export(
     source: Source,
-    checkpoint: Annotated[Path, typer.Argument(help="folder of a model that fewbit saved from this task")],
-    out: Annotated[Path, typer.Option(help="the .onnx file to write; a .json file beside it says what it is")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="folder of a model that fewbit saved from this task")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="the .onnx file (beside it a .json file says what it is), or what FORMAT is")
+    ] = ...,
     target: Annotated[str, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
+    format: Annotated[str | None, typer.Option(help="for a language model: compressed-tensors or gguf")] = None,
     notes: Annotated[str, typer.Option(help="how inputs are to be prepared, say")] = "",
 ) -> None:
-    """Write a saved static int8 model for another engine, and check that it computes the same there."""
+    """Write a saved static int8 model for another engine, checked there; or, with FORMAT, the folder of a language model."""
+    if format is not None:
+        console.print(f"wrote {fewbit.export_folder(source, out, format)}")
+        return
+    if checkpoint is None:
+        raise FewbitError(
+            f"{source}: export needs the folder of the saved model too, or --format for a language model."
+        )
     task = fewbit.load_task(source)
     if task.example_inputs is None:
         raise FewbitError(f"{source}: export needs a task with example_inputs.")

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fewbit.errors import CheckpointError, FewbitError, UnsupportedError
 from fewbit.tensorfile import Entry, mapped, read_header
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TEXTS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -94,6 +96,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise FewbitError(f"{path}: not a Hugging Face configuration: found a {type(data).__name__}.")
     return data
+
+
+def copy_texts(folder: Path, out: Path) -> None:
+    """Copy what belongs to a model beside its configuration and weights: tokenizer, generation settings, license."""
+    for path in sorted(folder.iterdir()):
+        ours = path.name in (CONFIG, "plan.json", "report.json") or path.name.endswith(".index.json")
+        wanted = path.suffix in TEXTS or path.name.startswith(("LICENSE", "NOTICE"))
+        if path.is_file() and wanted and not ours and not path.name.startswith("."):
+            temporary = out / f".{path.name}.next"
+            shutil.copyfile(path, temporary)
+            temporary.replace(out / path.name)
 
 
 def weight_files(folder: Path) -> list[Path]:

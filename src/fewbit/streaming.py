@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ from fewbit.pipeline import skeleton
 from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
 from fewbit.progress import progress
 from fewbit.qtensor import QTensor, by_rows, dequantize, empty, parts
-from fewbit.source import CONFIG, INDEX, SINGLE, Source, Weight, open_source, read_config, warn_unused
+from fewbit.source import CONFIG, INDEX, SINGLE, Source, Weight, copy_texts, open_source, read_config, warn_unused
 from fewbit.targets.native import PLAN, PROGRESS, REPORT, config_text, distinct_tensors, file_metadata, next_name
 from fewbit.targets.native import plan_text as text_of
 from fewbit.tensorfile import TensorWriter
@@ -40,7 +39,6 @@ FILE = 2**29  # bytes of a file of tensors: what an interruption may cost
 PIECE = 2**22  # weights that are quantized at once if memory allows
 WORK = 48  # bytes that quantizing takes for each weight of a piece, measured
 FIXED = 96 * 2**20  # bytes that it takes beside, measured: what methods search at once, code that is loaded late
-TEXTS = {".json", ".txt", ".model", ".jinja", ".tiktoken"}  # tokenizer, generation settings, chat templates
 
 
 @dataclass(frozen=True)
@@ -232,12 +230,7 @@ class Job:
         return record
 
     def _finish(self, names: list[str], files: list[list[Step]], errors: Mapping[str, float]) -> None:
-        for path in sorted(self.source.folder.iterdir()):
-            ours = path.name in (CONFIG, PLAN, REPORT, INDEX)
-            if path.is_file() and not ours and (path.suffix in TEXTS or path.name.startswith(("LICENSE", "NOTICE"))):
-                if not path.name.endswith(".index.json"):
-                    shutil.copyfile(path, next_name(self.out, path.name))
-                    next_name(self.out, path.name).replace(self.out / path.name)
+        copy_texts(self.source.folder, self.out)
         config = read_config(self.source.folder)
         if "dtype" not in config and "torch_dtype" not in config:
             first = next(weight.dtype for weight in self.source.weights.values() if weight.dtype.is_floating_point)
