@@ -134,14 +134,14 @@ def compare(
 @app.command()
 def export(
     source: Source,
+    out: Annotated[
+        Path, typer.Option(help="the .onnx file (a .json file beside it says what it is), or what FORMAT is")
+    ],
     checkpoint: Annotated[
         Path | None, typer.Argument(help="folder of a model that fewbit saved from this task")
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="the .onnx file (beside it a .json file says what it is), or what FORMAT is")
-    ] = ...,
     target: Annotated[str, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
-    format: Annotated[str | None, typer.Option(help="for a language model: compressed-tensors or gguf")] = None,
+    format: Annotated[str | None, typer.Option(help="of a language model: compressed-tensors or gguf")] = None,
     notes: Annotated[str, typer.Option(help="how inputs are to be prepared, say")] = "",
 ) -> None:
     """Write a saved static int8 model for another engine, checked there; or, with FORMAT, the folder of a language model."""

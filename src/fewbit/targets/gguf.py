@@ -44,6 +44,9 @@ def export_gguf(folder: Path, out: Path) -> Path:
     temporary = next_name(out.parent, out.name)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out.parent}: cannot be made: {error}.") from error
+    try:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture])
         _write_settings(writer, model.config, folder)
         _write_tokenizer(writer, folder, model.config.vocab_size)
