@@ -193,3 +193,23 @@ def decoder_batch() -> dict[str, Tensor]:
     mask = torch.ones_like(tokens)
     mask[1, :4] = 0
     return {"input_ids": tokens, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[[Path], None]:
+    """Writes a byte-level BPE tokenizer of ASCII to a folder: 480 tokens, each of which is a text of its own."""
+
+    def write(folder: Path) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        letters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+        trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=["<s>", "</s>"], initial_alphabet=letters)
+        text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().encode("ascii", "ignore").decode()
+        tokenizer.train_from_iterator([text], trainer)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+    return write

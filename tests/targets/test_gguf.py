@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import fewbit
 from fewbit import CheckpointError, QuantSpec, Recipe, Rule, Scheme, UnsupportedError, per_channel, per_group
@@ -22,6 +21,7 @@ from fewbit.targets.gguf import export_gguf
 gguf = pytest.importorskip("gguf")
 pytestmark = pytest.mark.filterwarnings("ignore")
 GROUPS = per_group(32)
+Quantizer = Callable[[Any, QuantSpec], Path]
 WEIGHTS = {
     "Q4_0": QuantSpec("int4", GROUPS, scale_dtype="bfloat16"),
     "Q4_1": QuantSpec("int4", GROUPS, symmetric=False),
@@ -44,26 +44,17 @@ print(json.dumps([[token["id"], token["logprob"]] for token in tokens]))
 """
 
 
-def write_tokenizer(folder: Path, size: int = 480) -> None:
-    """Byte-level BPE of ASCII, so that every token is a text of its own."""
-    from transformers import PreTrainedTokenizerFast
+@pytest.fixture
+def quantized_folder(write_tokenizer: Callable[[Path], None], tmp_path: Path) -> Quantizer:
+    """A model of transformers with a tokenizer, quantized to a folder."""
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    letters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["<s>", "</s>"], initial_alphabet=letters)
-    tokenizer.train_from_iterator(
-        [(Path(__file__).parents[2] / "README.md").read_text().encode("ascii", "ignore").decode()], trainer
-    )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    def make(model: Any, weight: QuantSpec) -> Path:
+        model.save_pretrained(tmp_path / "hf")
+        write_tokenizer(tmp_path / "hf")
+        recipe = Recipe("test", (Rule("type:Linear|Embedding", Scheme(weight)),))
+        return fewbit.quantize_folder(tmp_path / "hf", tmp_path / "out", recipe)
 
-
-def quantized_folder(model: Any, weight: QuantSpec, tmp_path: Path) -> Path:
-    model.save_pretrained(tmp_path / "hf")
-    write_tokenizer(tmp_path / "hf")
-    recipe = Recipe("test", (Rule("type:Linear|Embedding", Scheme(weight)),))
-    return fewbit.quantize_folder(tmp_path / "hf", tmp_path / "out", recipe)
+    return make
 
 
 def llama_cpp(file: Path, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
@@ -82,7 +73,7 @@ def has_llama_cpp() -> bool:
 @pytest.mark.parametrize("kind", WEIGHTS)
 @pytest.mark.parametrize(("name", "tied"), [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", True)])
 def test_llama_cpp_computes_the_same(
-    decoder: Callable[..., Any], name: str, tied: bool, kind: str, tmp_path: Path
+    decoder: Callable[..., Any], quantized_folder: Quantizer, name: str, tied: bool, kind: str, tmp_path: Path
 ) -> None:
     if name != "llama" and kind != "Q4_0":
         pytest.skip("one kind is enough")
@@ -94,7 +85,7 @@ def test_llama_cpp_computes_the_same(
             parameter.data *= 4
         elif name == "qwen2" and parameter.dim() == 1:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    file = export_gguf(quantized_folder(model, WEIGHTS[kind], tmp_path), tmp_path / "model.gguf")
+    file = export_gguf(quantized_folder(model, WEIGHTS[kind]), tmp_path / "model.gguf")
     prompt = [5, 77, 300, 41, 41, 8, 222, 9, 130]
     tokens, logprobs = llama_cpp(file, prompt)
     assert len(tokens) == 64
@@ -108,7 +99,9 @@ def test_llama_cpp_computes_the_same(
 
 
 @pytest.mark.skipif(not has_llama_cpp(), reason="needs xllamacpp")
-def test_the_same_text_from_a_model_that_knows_one(decoder: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_same_text_from_a_model_that_knows_one(
+    decoder: Callable[..., Any], quantized_folder: Quantizer, tmp_path: Path
+) -> None:
     model = decoder("llama", torch.float32, vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2)
     text = torch.randint(3, 480, (80,), generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -116,16 +109,18 @@ def test_the_same_text_from_a_model_that_knows_one(decoder: Callable[..., Any], 
         model(input_ids=text[None], labels=text[None]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    folder = quantized_folder(model, WEIGHTS["Q4_0"], tmp_path)
+    folder = quantized_folder(model, WEIGHTS["Q4_0"])
     tokens, _ = llama_cpp(export_gguf(folder, tmp_path / "model.gguf"), text[:10].tolist())
     made = fewbit.load(folder).generate(text[None, :10], max_new_tokens=64, do_sample=False, eos_token_id=None)
     assert tokens == made[0, 10:].tolist() == text[10:74].tolist()
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_numbers_are_those_of_the_model_up_to_float16(decoder: Callable[..., Any], kind: str, tmp_path: Path) -> None:
+def test_numbers_are_those_of_the_model_up_to_float16(
+    decoder: Callable[..., Any], quantized_folder: Quantizer, kind: str, tmp_path: Path
+) -> None:
     model = decoder("qwen2", torch.float32, vocab_size=512)
-    folder = quantized_folder(model, WEIGHTS[kind], tmp_path)
+    folder = quantized_folder(model, WEIGHTS[kind])
     reader = gguf.GGUFReader(export_gguf(folder, tmp_path / "model.gguf"))
     found = {tensor.name: tensor for tensor in reader.tensors}
     sites = dict(sites_of(fewbit.load(folder)))
@@ -138,8 +133,8 @@ def test_numbers_are_those_of_the_model_up_to_float16(decoder: Callable[..., Any
     assert found["output_norm.weight"].tensor_type.name == "F32"
 
 
-def test_settings_and_tokenizer(decoder: Callable[..., Any], tmp_path: Path) -> None:
-    folder = quantized_folder(decoder(vocab_size=512), WEIGHTS["Q8_0"], tmp_path)
+def test_settings_and_tokenizer(decoder: Callable[..., Any], quantized_folder: Quantizer, tmp_path: Path) -> None:
+    folder = quantized_folder(decoder(vocab_size=512), WEIGHTS["Q8_0"])
     reader = gguf.GGUFReader(export_gguf(folder, tmp_path / "deep" / "model.gguf"))
 
     def field(name: str) -> Any:
@@ -167,15 +162,19 @@ def test_settings_and_tokenizer(decoder: Callable[..., Any], tmp_path: Path) -> 
     ],
     ids=["small-groups", "nf4", "per-tensor", "uint8"],
 )
-def test_schemes_that_do_not_fit(decoder: Callable[..., Any], weight: QuantSpec, message: str, tmp_path: Path) -> None:
-    folder = quantized_folder(decoder(vocab_size=512), weight, tmp_path)
+def test_schemes_that_do_not_fit(
+    decoder: Callable[..., Any], quantized_folder: Quantizer, weight: QuantSpec, message: str, tmp_path: Path
+) -> None:
+    folder = quantized_folder(decoder(vocab_size=512), weight)
     with pytest.raises(UnsupportedError, match=message):
         export_gguf(folder, tmp_path / "file" / "model.gguf")
     assert not list((tmp_path / "file").iterdir())
 
 
-def test_other_models_and_tokenizers_are_refused(decoder: Callable[..., Any], tmp_path: Path) -> None:
-    folder = quantized_folder(decoder(vocab_size=512), WEIGHTS["Q4_0"], tmp_path)
+def test_other_models_and_tokenizers_are_refused(
+    decoder: Callable[..., Any], quantized_folder: Quantizer, tmp_path: Path
+) -> None:
+    folder = quantized_folder(decoder(vocab_size=512), WEIGHTS["Q4_0"])
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     for change in (
         {"model": {**tokenizer["model"], "type": "WordPiece"}},
@@ -197,8 +196,10 @@ def test_other_models_and_tokenizers_are_refused(decoder: Callable[..., Any], tm
     assert not list(tmp_path.glob("*.gguf*"))
 
 
-def test_a_place_that_cannot_be_written(decoder: Callable[..., Any], tmp_path: Path) -> None:
-    folder = quantized_folder(decoder(vocab_size=512), WEIGHTS["Q4_0"], tmp_path)
+def test_a_place_that_cannot_be_written(
+    decoder: Callable[..., Any], quantized_folder: Quantizer, tmp_path: Path
+) -> None:
+    folder = quantized_folder(decoder(vocab_size=512), WEIGHTS["Q4_0"])
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"file: cannot be made"):
         export_gguf(folder, tmp_path / "file" / "model.gguf")
