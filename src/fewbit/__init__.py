@@ -10,7 +10,7 @@ answer = fewbit.autoquantize(model, calibration=batches, evaluate=evaluate, budg
 
 from __future__ import annotations
 
-from fewbit.deploy import export, lower
+from fewbit.deploy import export, export_folder, lower
 from fewbit.distillation import Training, finetune
 from fewbit.errors import (
     CalibrationError,
@@ -25,6 +25,7 @@ from fewbit.pipeline import plan_of, quantize
 from fewbit.plan import Plan, Recipe, Rule, load_recipe, make_plan, presets
 from fewbit.search import Answer, Trial, autoquantize
 from fewbit.spec import PER_TENSOR, PER_TOKEN, Granularity, QuantSpec, Scheme, per_channel, per_group
+from fewbit.streaming import quantize_folder
 from fewbit.targets import Lowered, load, save
 from fewbit.task import Task, load_task
 from fewbit.training import convert, prepare_qat
@@ -60,6 +61,7 @@ __all__ = [
     "compare",
     "convert",
     "export",
+    "export_folder",
     "finetune",
     "load",
     "load_recipe",
@@ -73,5 +75,6 @@ __all__ = [
     "presets",
     "probe",
     "quantize",
+    "quantize_folder",
     "save",
 ]

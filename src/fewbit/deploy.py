@@ -16,7 +16,7 @@ from fewbit.errors import FewbitError, UnsupportedError, unknown
 from fewbit.lowering import explicit_graph
 from fewbit.pipeline import plan_of
 from fewbit.report import write_text
-from fewbit.targets import TARGETS, Lowered
+from fewbit.targets import FOLDER_FORMATS, TARGETS, Lowered
 from fewbit.targets.onnx import onnx_model, write_onnx
 from fewbit.targets.target import Target, lowered, refuse_device, relative_difference
 
@@ -75,6 +75,20 @@ def export(
     except OSError as error:
         raise FewbitError(f"{path}: cannot be written: {error}. Give a place that you may write to.") from error
     return path
+
+
+def export_folder(folder: str | Path, out: str | Path, format: str) -> Path:
+    """Write the quantized language model in ``folder`` in another format; returns ``out``.
+
+    "compressed-tensors" (``out`` is a folder), which vLLM and transformers load; "gguf" (a file), for llama.cpp. Both need
+    transformers, the second one the package gguf.
+
+    Raises UnsupportedError for a format that does not exist or cannot hold the model, or a package that is missing;
+    CheckpointError if ``folder`` cannot be read or ``out`` cannot be written.
+    """
+    if format not in FOLDER_FORMATS:
+        raise UnsupportedError(unknown("format", format, FOLDER_FORMATS))
+    return FOLDER_FORMATS[format](Path(folder), Path(out))
 
 
 def installed() -> list[str]:

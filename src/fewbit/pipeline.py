@@ -178,8 +178,13 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         if not site.weights or any(shapes.get(key) != shape for key, shape in site.weights.items()):
             raise PlanError(f"plan.sites.{name}: needs weights {dict(site.weights)}, found {shapes}.")
     layers = {}
+    tied: dict[object, QTensor] = {}  # a tied weight is one here too
     for name, site in plan.sites.items():
-        weights = {key: empty(shape, site.scheme.weight) for key, shape in site.weights.items()}
+        weights: dict[str, QTensor] = {}
+        for key, shape in site.weights.items():
+            parameter = modules[name]._parameters.get(key)  # None for a parametrized weight
+            owner = (name, key) if parameter is None else parameter
+            weights[key] = tied.setdefault(owner, empty(shape, site.scheme.weight))
         grid = input_placeholder(site.scheme.input)
         layers[name] = layer_class(modules[name])(modules[name], site.scheme, weights, grid)
     twin = swap(twin, layers)

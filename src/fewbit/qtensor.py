@@ -230,6 +230,27 @@ def empty(shape: tuple[int, ...], spec: QuantSpec, device: str | torch.device = 
     return QTensor(packed, scale, zero_point, spec, shape)
 
 
+def parts(q: QTensor, name: str) -> dict[str, Tensor]:
+    """The tensors of ``q`` under the names that layers and files have for them: NAME_packed, NAME_scale, NAME_zero_point.
+
+    Of two-level scales NAME_scale_packed, NAME_scale_scale and so on.
+    """
+    return {f"{name}_packed": q.packed, **grid_parts(q.scale, q.zero_point, f"{name}_")}
+
+
+def grid_parts(scale: Tensor | QTensor, zero_point: Tensor | None, prefix: str) -> dict[str, Tensor]:
+    """Scale and zero point under such names."""
+    scales = parts(scale, f"{prefix}scale") if isinstance(scale, QTensor) else {f"{prefix}scale": scale}
+    return scales if zero_point is None else {**scales, f"{prefix}zero_point": zero_point}
+
+
+def by_rows(spec: QuantSpec) -> bool:
+    """Whether no scale of a matrix spans two of its rows, so that they can be quantized apart."""
+    kind, axis = spec.granularity.kind, spec.granularity.axis
+    own = kind in ("group", "token") or (kind == "channel" and axis in (0, -2))
+    return own and (spec.scale is None or by_rows(spec.scale))
+
+
 def packed_shape(shape: tuple[int, ...], number: Format) -> tuple[int, ...]:
     """The shape of the packed codes of a tensor of this shape."""
     return shape if number.bits == 8 else (*shape[:-1], -(-shape[-1] * number.bits // 32))

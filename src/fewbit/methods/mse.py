@@ -10,6 +10,7 @@ from torch import Tensor
 from fewbit.methods.method import Method
 from fewbit.qtensor import (
     QTensor,
+    by_rows,
     decode,
     dequantize,
     encode,
@@ -61,8 +62,12 @@ class MeanSquaredError(Method):
             return found
         # Rounding the scales may undo what the search gained.
         plain = quantize(weight, spec)
-        errors = [((dequantize(q) - weight).square() * importance).sum() for q in (found, plain)]
-        return found if bool(errors[0] <= errors[1]) else plain
+        if not by_rows(spec):
+            errors = [((dequantize(q) - weight).square() * importance).sum() for q in (found, plain)]
+            return found if bool(errors[0] <= errors[1]) else plain
+        errors = [((dequantize(q) - weight).square() * importance).sum(1, keepdim=True) for q in (found, plain)]
+        share = torch.where(errors[0] <= errors[1], share, 1.0)
+        return quantize_with(weight, spec, *qparams(low * share, high * share, spec))
 
     def _best_shares(self, weight: Tensor, spec: QuantSpec, low: Tensor, high: Tensor, importance: Tensor) -> Tensor:
         # The search is on exact scales: those of two levels are known only when all blocks are chosen.

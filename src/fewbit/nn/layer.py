@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.qtensor import QTensor, fake_quantize, scale_shape
+from fewbit.qtensor import QTensor, fake_quantize, grid_parts, parts, scale_shape
 from fewbit.spec import QuantSpec, Scheme
 
 
@@ -42,8 +42,8 @@ class QuantizedLayer(nn.Module):
         ).dtype  # that code sees which reads a weight
         self._shapes = {name: weight.shape for name, weight in weights.items()}
         for name, weight in weights.items():
-            self.register_buffer(f"{name}_packed", weight.packed)
-            store_grid(self, f"{name}_", weight.scale, weight.zero_point)
+            for key, part in parts(weight, name).items():
+                self.register_buffer(key, part)
         scale, zero_point = (None, None) if input_grid is None else input_grid
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero_point", zero_point)
@@ -127,21 +127,16 @@ class QuantizedLayer(nn.Module):
         return self
 
 
-def store_grid(module: nn.Module, prefix: str, scale: Tensor | QTensor, zero_point: Tensor | None) -> None:
-    """Scale and zero point as buffers ``<prefix>scale`` and ``<prefix>zero_point``."""
-    if isinstance(scale, QTensor):
-        module.register_buffer(f"{prefix}scale_packed", scale.packed)
-        store_grid(module, f"{prefix}scale_", scale.scale, scale.zero_point)
-    else:
-        module.register_buffer(f"{prefix}scale", scale)
-    if zero_point is not None:
-        module.register_buffer(f"{prefix}zero_point", zero_point)
+def store_grid(module: nn.Module, scale: Tensor | QTensor, zero_point: Tensor | None) -> None:
+    """Scale and zero point as buffers ``scale`` and ``zero_point``."""
+    for name, part in grid_parts(scale, zero_point, "").items():
+        module.register_buffer(name, part)
 
 
 def stored_grid(
     module: nn.Module, prefix: str, spec: QuantSpec, shape: tuple[int, ...]
 ) -> tuple[Tensor | QTensor, Tensor | None]:
-    """What ``store_grid`` stored for a tensor of this spec and shape."""
+    """Scale and zero point of a tensor of this spec and shape from buffers ``<prefix>scale`` and so on."""
     zero_point = None if spec.symmetric else module.get_buffer(f"{prefix}zero_point")
     if spec.scale is None:
         return module.get_buffer(f"{prefix}scale"), zero_point

@@ -45,7 +45,7 @@ class LearnedGrid(nn.Module):
         """``shape``: of the matrix; ``pairs``: of its columns, whose codes are bounded (``fewbit.ops.pairs``)."""
         super().__init__()
         self.spec, self.shape, self._pairs = spec, shape, pairs
-        store_grid(self, "", scale, zero_point)
+        store_grid(self, scale, zero_point)
         self.log_scale: nn.Parameter | None = None
         self.shift: nn.Parameter | None = None
         if isinstance(scale, Tensor):
