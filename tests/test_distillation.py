@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fewbit
-from fewbit import CalibrationError, QuantSpec, Recipe, Rule, Scheme, Training, UnsupportedError, per_channel
+from fewbit import CalibrationError, PlanError, QuantSpec, Recipe, Rule, Scheme, Training, UnsupportedError, per_channel
 from fewbit.distillation import _Data, _distance
 
 LOW = Recipe(
@@ -143,3 +143,7 @@ def test_errors(cnn: nn.Module, images: list[Tensor]) -> None:
     recipe = Recipe("all", (Rule("*", Scheme(QuantSpec("int8", per_channel(0)))),))
     with pytest.raises(UnsupportedError, match="has no float tensor to compare"):
         fewbit.finetune(integers, recipe, [torch.randn(4, 8)] * 2, steps=1)
+    with pytest.raises(PlanError, match="teacher = 0 and no loss leave nothing to learn"):
+        fewbit.finetune(cnn, "int8-static", images, training=Training(teacher=0.0))
+    with pytest.raises(PlanError, match="found minutes = 0, steps = None"):
+        fewbit.finetune(cnn, "int8-static", images, minutes=0)

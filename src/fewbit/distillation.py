@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fewbit.batches import Call, to_call
-from fewbit.errors import CalibrationError, UnsupportedError
+from fewbit.errors import CalibrationError, PlanError, UnsupportedError
 from fewbit.graph import batch_size
 from fewbit.nn import LearnedGrid, Student
 from fewbit.pipeline import twin_of
@@ -68,10 +68,17 @@ def finetune(
     added to the distance to the teacher. The student trains in eval mode: without dropout, its norms as they are. What is
     returned has the least loss on held-out examples, and is what ``quantize`` gives if training did not improve on that.
 
-    Raises what ``quantize`` raises, and UnsupportedError if an output has nothing to compare.
+    Raises what ``quantize`` raises, PlanError for settings that leave nothing to do, and UnsupportedError if an output has
+    nothing to compare.
     """
     start = time.monotonic()
     settings = training or Training()
+    if loss is None and not settings.teacher:
+        raise PlanError("finetune: teacher = 0 and no loss leave nothing to learn; give one of them.")
+    if minutes <= 0 or (steps is not None and steps < 0):
+        raise PlanError(
+            f"finetune: found minutes = {minutes}, steps = {steps}; minutes must be above 0, steps at least 0."
+        )
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise CalibrationError(f"finetune: found one {type(batches).__name__}, needs an iterable of batches.")
     data = _Data(model, list(batches), settings)
