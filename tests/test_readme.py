@@ -54,7 +54,7 @@ def test_code_blocks_run(
         "evaluate": lambda candidate: torch.ones(4000) * candidate(batches[0]).isfinite().all(),
     }
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(block.replace("minutes=1", "minutes=0.01"), names)
 
