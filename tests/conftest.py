@@ -171,7 +171,7 @@ def language_model(name: str = "llama", dtype: torch.dtype = torch.bfloat16, **s
         "gemma": {"head_dim": 16},
         "phi": {},
         "phi3": {},
-        "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64},
+        "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2},
         "mixtral": {"num_local_experts": 4},
     }
     own = {**({} if name == "gpt2" else common), **sizes[name], "vocab_size": 192, "pad_token_id": 0, **settings}
