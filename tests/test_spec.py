@@ -21,7 +21,7 @@ from fewbit.spec import (
     per_group,
 )
 
-SETTINGS = settings(deadline=None, max_examples=50, derandomize=True)
+SETTINGS = settings(max_examples=50)
 
 granularities = st.one_of(
     st.just(PER_TENSOR),

@@ -46,7 +46,7 @@ def written(path: Path, data: dict[str, Tensor], chance: random.Random) -> Path:
     return path
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=tensors(), seed=st.integers(0, 5))
 def test_what_is_written_is_what_the_library_reads_and_writes(
     data: dict[str, Tensor], seed: int, tmp_path: Path

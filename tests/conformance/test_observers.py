@@ -54,7 +54,7 @@ def copied(state: State) -> State:
 
 
 @EVERY
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(first=streams(), second=streams())
 def test_merging_two_parts_is_observing_one_after_the_other(
     observer: RangeObserver, first: list[Tensor], second: list[Tensor]
@@ -64,7 +64,7 @@ def test_merging_two_parts_is_observing_one_after_the_other(
 
 
 @EVERY
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(max_examples=20)
 @given(parts=st.lists(streams(), min_size=3, max_size=3))
 def test_merging_is_associative(observer: RangeObserver, parts: list[list[Tensor]]) -> None:
     first, second, third = (observed(observer, part) for part in parts)
@@ -105,7 +105,7 @@ def test_the_state_is_bounded(observer: RangeObserver) -> None:
 
 @EVERY
 @EVERY_SPEC
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(max_examples=15)
 @given(batches=streams().filter(bool))
 def test_the_range_is_within_the_data_and_zero(observer: RangeObserver, spec: QuantSpec, batches: list[Tensor]) -> None:
     low, high = observer.choose_range(observed(observer, batches), spec)

@@ -218,7 +218,7 @@ def test_a_bias_too_large_for_int32_makes_its_channel_coarser() -> None:
     st.floats(-1e6, 1e6),
     st.floats(-12, 3),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_weight_and_bias_are_near(codes: list[int], magnitude: float, bias: float, input_magnitude: float) -> None:
     scale, input_scale = 2.0**magnitude, 2.0**input_magnitude
     found, wider, steps = integer_weights(layer([codes], [scale], [bias]), input_scale)

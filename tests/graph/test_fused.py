@@ -172,7 +172,7 @@ def integer_conv(codes: Tensor, zero_point: int, weight: Tensor, layer: nn.Conv2
 @given(
     seed=st.integers(0, 2**31), groups=st.sampled_from([1, 2, 4]), stride=st.integers(1, 2), dilation=st.integers(1, 2)
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_equals_int64_arithmetic(seed: int, groups: int, stride: int, dilation: int) -> None:
     torch.manual_seed(seed)
     first = nn.Conv2d(4, 8, 3, stride, padding=(1, 2), dilation=dilation, groups=groups)

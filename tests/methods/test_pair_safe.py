@@ -60,7 +60,7 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 @given(seed=st.integers(0, 2**31), kind=st.sampled_from(["normal", "uniform", "signs", "positive", "heavy"]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_no_pair_saturates(name: str, seed: int, kind: str) -> None:
     torch.manual_seed(seed)
     module: Any = MODULES[name]()
@@ -81,7 +81,7 @@ def test_no_pair_saturates(name: str, seed: int, kind: str) -> None:
 
 
 @given(st.lists(st.integers(-128, 127), min_size=12, max_size=12), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_bounded_takes_no_more_than_it_must(values: list[int], two_sets: bool) -> None:
     codes = torch.tensor([values], dtype=torch.int8)
     pairs = (torch.arange(12).reshape(-1, 2), *((torch.arange(1, 11).reshape(-1, 2),) if two_sets else ()))

@@ -117,7 +117,7 @@ def check_conv(p: Problem) -> None:
         same_with_other("linear_uint8", codes._linear)
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=250)
 @given(problems())
 def test_convolutions_equal_the_reference(p: Problem) -> None:
     check_conv(p)
@@ -145,7 +145,7 @@ def test_a_sum_is_rounded_once_after_other_codes_are_added() -> None:
     assert found.flatten().tolist() == [16, 238]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 70), st.integers(0, 255))
 def test_element_by_element(shape: list[int], channels: int, zero_point: int) -> None:
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def test_quantize_rounds_half_to_even_and_clamps() -> None:
     operators.quantize_uint8(torch.full((70,), torch.nan), 1.0, 10)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.data(), st.booleans(), st.sampled_from([1e-2, 0.8, 1e8]))
 def test_average(data: st.DataObject, count_padding: bool, multiplier: float) -> None:
     torch.manual_seed(0)

@@ -105,7 +105,7 @@ def test_quantize_of_any_strides(channels: int) -> None:
         same(run(to_last, view)[0], operators.quantize_uint8(view.permute(0, 2, 3, 1), 0.02, 120), view.stride())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(st.data(), st.booleans())
 def test_max_pool_is_torchs(data: st.DataObject, ceil_mode: bool) -> None:
     torch.manual_seed(0)
@@ -120,7 +120,7 @@ def test_max_pool_is_torchs(data: st.DataObject, ceil_mode: bool) -> None:
     same(found, expected.permute(0, 2, 3, 1).contiguous().to(torch.uint8), [kernel, stride, padding, dilation, size])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60)
 @given(st.data())
 def test_slots_are_free_only_after_their_last_reader(data: st.DataObject) -> None:
     """Random programs of sums, layers that add other codes, concatenations and reshapes, whose results may be read by any
