@@ -26,7 +26,7 @@ ORDER = (
     ("batches", "progress"),
     ("calibration",),
     ("correction", "ranges"),
-    ("sensitivity",),
+    ("sensitivity", "sequential"),
     ("pipeline",),
     ("lowering",),
     ("targets",),

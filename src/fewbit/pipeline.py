@@ -25,6 +25,7 @@ from fewbit.progress import progress
 from fewbit.qtensor import QTensor, empty
 from fewbit.ranges import input_grids
 from fewbit.sensitivity import sensitive_ends
+from fewbit.sequential import Weights, quantize_blocks, walked
 from fewbit.transforms import TRANSFORMS
 
 PLAN = "fewbit_plan"  # the attribute of a quantized model that holds its plan
@@ -65,7 +66,8 @@ def quantize(
     ):
         stream = itertools.chain([first], batches)
         if isinstance(calibration, Iterator):
-            stream = itertools.chain(again := list(itertools.islice(stream, EXAMPLES)), stream)
+            needed = None if walked(twin, plan.sites) else EXAMPLES
+            stream = itertools.chain(again := list(itertools.islice(stream, needed)), stream)
         # On a twin of its own: modules may count their calls or keep what they saw.
         graph, unread = _find_graph(_twin(twin), plan, first)
         statistics = calibrate(_twin(twin), plan, stream, graph)
@@ -75,7 +77,7 @@ def quantize(
     def examples() -> Iterable[Call]:
         return again or calls(model, calibration)
 
-    rounded = _quantized_weights(twin, plan, statistics)
+    rounded = _quantized_weights(twin, plan, statistics, examples())
     shared = () if graph is None else graph.inputs().values()
     grids = input_grids(twin, plan, statistics, shared, examples() if statistics else ())
     weights, biases = _corrected(twin, plan, rounded, grids, examples())
@@ -253,11 +255,15 @@ def _corrected(
     return correct(twin, plan, weights, grids, batches, plan.recipe.correction)
 
 
-def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> dict[str, dict[str, QTensor]]:
-    result: dict[str, dict[str, QTensor]] = {}
-    # A tied weight is quantized once, with what its first layer saw.
+def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, batches: Iterable[Call]) -> Weights:
+    result: Weights = {}
+    blocks = walked(twin, plan.sites) if statistics else {}
+    later = {f"{block}.{name}" for block, sites in blocks.items() for name in sites}
+    # A tied weight is quantized once, with what the first layer saw that tells something of it.
     done: dict[nn.Parameter, QTensor] = {}
-    for name, site in progress(plan.sites.items(), "quantizing"):
+    informed = sorted(plan.sites, key=lambda name: "second_moment" not in statistics.get(name, {}))
+    for name in progress([name for name in informed if name not in later], "quantizing"):
+        site = plan.sites[name]
         module = twin.get_submodule(name)
         layer = layer_class(module)
         method = METHODS[site.scheme.method]
@@ -280,6 +286,8 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> d
             result[name][key] = weight
             if parameter is not None:
                 done[parameter] = weight
+    if later:
+        result.update(quantize_blocks(twin, plan.sites, result, batches))
     return result
 
 

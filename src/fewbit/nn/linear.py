@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fewbit.nn.layer import QuantizedLayer
 from fewbit.ops.linear import DTYPES, call, linear, numbers_of
-from fewbit.qtensor import dequantize
+from fewbit.qtensor import QTensor, dequantize, scale_dtype
 
 
 class Linear(QuantizedLayer):
@@ -42,7 +43,14 @@ class Linear(QuantizedLayer):
         self.register_parameter("bias", module._parameters.get("bias"))
 
     def _prepare(self) -> None:
-        self._numbers = numbers_of(self.qtensor(), self.scheme.input, self.activation)
+        weight = self.qtensor()
+        self._scale = "weight_scale"
+        if isinstance(weight.scale, QTensor):  # kernels read scales of one level
+            spec = replace(weight.spec, scale=None)
+            weight = replace(weight, scale=weight.scale_values.to(scale_dtype(spec)), spec=spec)
+            self._scale = "weight_scale_values"
+            self.register_buffer(self._scale, weight.scale, persistent=False)
+        self._numbers = numbers_of(weight, self.scheme.input, self.activation)
 
     @property
     def weight(self) -> Tensor:
@@ -56,7 +64,7 @@ class Linear(QuantizedLayer):
             return linear(input, self.qtensor(), self.bias, self.scheme.input, *grid, activation=self.activation)
         # The dicts: nn.Module finds attributes slowly, and at batch 1 that is time.
         buffers: dict[str, Any] = self._buffers
-        packed, scale, zero_point = buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point")
+        packed, scale, zero_point = buffers["weight_packed"], buffers[self._scale], buffers.get("weight_zero_point")
         return call(input, packed, scale, zero_point, self._parameters["bias"], numbers)
 
     def extra_repr(self) -> str:

@@ -1,0 +1,283 @@
+"""Block after block: what each layer gets from the quantized layers before it, and codes that make the best of that.
+
+Two streams of hidden states go through a model's blocks: X through the float ones, Z through the quantized ones. At a time
+there are one block's statistics in memory, and the hidden states of all calibration data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from fewbit.batches import Call, run
+from fewbit.errors import CalibrationError
+from fewbit.methods import METHODS, Gptq, Moments
+from fewbit.nn import layer_class
+from fewbit.plan import Site
+from fewbit.progress import progress
+from fewbit.qtensor import QTensor, dequantize
+
+HELD_OUT = 8  # one of so many tokens judges what the others give
+HEAVY = 4.0  # a token counts at most so many times as much as the median one
+
+Weights = dict[str, dict[str, QTensor]]  # by site and parameter
+
+
+@dataclass
+class Streams:
+    """Hidden states before a block, by calibration batch, and the other arguments of the block.
+
+    ``x`` are those of the float model, ``z`` those of the quantized one; ``quantize_block`` moves both on by a block.
+    """
+
+    x: list[Tensor]
+    z: list[Tensor]
+    calls: list[Call]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The list of blocks of one type that holds the most weights, and its name."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
+            count = sum(p.numel() for p in module.parameters())
+            if best is None or count > best[0]:
+                best = (count, name, module)
+    return None if best is None else best[1:]
+
+
+def walked(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, dict[str, Site]]:
+    """By block, in order, the sites whose method wants the inputs; names are relative to the block's."""
+    found = find_blocks(model)
+    if found is None:
+        return {}
+    name, blocks = found
+    result: dict[str, dict[str, Site]] = {}
+    for number in range(len(blocks)):
+        prefix = f"{name}.{number}" if name else str(number)
+        result[prefix] = {
+            site_name.removeprefix(f"{prefix}."): site
+            for site_name, site in sites.items()
+            if site_name.startswith(f"{prefix}.") and _takes_inputs(model.get_submodule(site_name), site)
+        }
+    return result if any(result.values()) else {}
+
+
+@torch.no_grad()
+def quantize_blocks(model: nn.Module, sites: Mapping[str, Site], others: Weights, calls: Iterable[Call]) -> Weights:
+    """The weights of all walked sites of the float ``model``; ``others`` are those of the sites beside them."""
+    blocks = walked(model, sites)
+    calls = list(calls)
+    names = list(blocks)
+    arguments = _arguments(model, [model.get_submodule(name) for name in names], calls)
+    before: dict[str, Tensor] = {}
+    for name, weights in others.items():
+        before.update(_float_weights(model, name, weights))
+    streams = Streams(
+        [_split(call)[0] for call in arguments[0]],
+        [_split(_call_of(model, names[0], before, call))[0] for call in calls],
+        [],
+    )
+    result: Weights = {}
+    for number, (name, inside) in enumerate(progress(blocks.items(), "quantizing blocks")):
+        streams.calls = [_split(call)[1] for call in arguments[min(number, len(arguments) - 1)]]
+        beside = {n.removeprefix(f"{name}."): w for n, w in others.items() if n.startswith(f"{name}.")}
+        weights = quantize_block(model.get_submodule(name), inside, streams, beside)
+        result.update({f"{name}.{site}": weight for site, weight in weights.items()})
+    return result
+
+
+@torch.no_grad()
+def quantize_block(
+    block: nn.Module, sites: Mapping[str, Site], streams: Streams, others: Mapping[str, Mapping[str, QTensor]] | None = None
+) -> Weights:
+    """The weights of ``sites`` of one float block, by name within it. Moves both streams behind the block.
+
+    ``others``: weights of the block that are quantized already. The block itself is left as it is.
+    """
+    replaced: dict[str, Tensor] = {}
+    for name, weights in (others or {}).items():
+        replaced.update(_float_weights(block, name, weights))
+    result: Weights = {}
+    stages = _stages(block, sites, streams)
+    for name in set(sites).difference(*stages):  # nothing reaches them
+        module = block.get_submodule(name)
+        [(key, matrix)] = layer_class(module).matrices(module).items()
+        result[name] = {key: METHODS[sites[name].scheme.method].quantize(matrix.detach(), sites[name].scheme.weight)}
+    for stage in stages:
+        moments, held_out = _moments(block, stage[0], replaced, streams)
+        for name in stage:
+            module = block.get_submodule(name)
+            [(key, matrix)] = layer_class(module).matrices(module).items()
+            method, spec = METHODS[sites[name].scheme.method], sites[name].scheme.weight
+            assert isinstance(method, Gptq)
+            result[name] = {key: method.quantize_for(matrix.detach(), spec, moments, held_out)}
+            replaced.update(_float_weights(block, name, result[name]))
+    for i, call in enumerate(streams.calls):
+        streams.x[i] = _hidden(_joined(streams.x[i], call).run(block))
+        joined = _joined(streams.z[i], call)
+        streams.z[i] = _hidden(functional_call(block, replaced, joined.args, joined.kwargs))
+    return result
+
+
+def _takes_inputs(module: nn.Module, site: Site) -> bool:
+    layer = layer_class(module)
+    method = METHODS[site.scheme.method]
+    return isinstance(method, Gptq) and len(site.weights) == 1 and layer.channel_axis(module) == -1
+
+
+def _float_weights(block: nn.Module, name: str, weights: Mapping[str, QTensor]) -> dict[str, Tensor]:
+    """What the quantized weights of a layer are worth, by the names of the block's parameters."""
+    module = block.get_submodule(name)
+    layer = layer_class(module)
+    return {
+        f"{name}.{key}": layer.from_matrix(module, dequantize(weight, module.get_parameter(key).dtype))
+        for key, weight in weights.items()
+    }
+
+
+class _Found(BaseException):
+    """Ends a forward pass at the module whose input was wanted. No Exception: models may catch those."""
+
+
+def _call_of(model: nn.Module, name: str, replaced: Mapping[str, Tensor], call: Call) -> Call:
+    """What the module of this name is called with when the model is; nothing after it is computed."""
+    seen: list[Call] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(Call(args, kwargs))
+        raise _Found
+
+    handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        functional_call(model, dict(replaced), call.args, call.kwargs)
+    except _Found:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _tokens(block: nn.Module, name: str, replaced: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
+    """The input of a layer, ``[tokens, columns]``."""
+    x, _ = _split(_call_of(block, name, replaced, _joined(hidden, call)))
+    return x.reshape(-1, x.shape[-1]).to(torch.float32)
+
+
+def _moments(
+    block: nn.Module, name: str, replaced: Mapping[str, Tensor], streams: Streams
+) -> tuple[Moments, Moments]:
+    """Moments of one layer's inputs, and those of the tokens held out: the last of each batch."""
+    both: tuple[Moments, Moments] | None = None
+    for x, z, call in zip(streams.x, streams.z, streams.calls, strict=True):
+        X, Z = _tokens(block, name, {}, x, call), _tokens(block, name, replaced, z, call)
+        X, Z = _without_heavy_tokens(X, Z)
+        if both is None:
+            both = Moments.zeros(X.shape[1]), Moments.zeros(X.shape[1])
+        kept = len(X) - len(X) // HELD_OUT
+        both[0].add(X[:kept], Z[:kept])
+        both[1].add(X[kept:], Z[kept:])
+    assert both is not None
+    return both
+
+
+def _without_heavy_tokens(X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the largest tokens made smaller.
+
+    Large language models park attention on the first token, and to do so give it activations a thousand times as large as
+    all others. In a sum of squares that one token is all there is, and the normalization behind it does not care.
+    """
+    squares = X.square().sum(1, keepdim=True)
+    weight = (HEAVY * squares.median() / squares).clamp(max=1).nan_to_num(nan=1.0).sqrt()
+    return X * weight, Z * weight
+
+
+def _stages(block: nn.Module, sites: Mapping[str, Site], streams: Streams) -> list[list[str]]:
+    """The sites in the order of their calls; those that get the same tensor together."""
+    order: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Any:
+        return lambda module, args, kwargs: order.append((name, _split(Call(args, kwargs))[0]))
+
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in sites
+    ]
+    try:
+        _joined(streams.x[0], streams.calls[0]).run(block)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stages: list[tuple[Tensor, list[str]]] = []
+    for name, x in order:
+        if not any(name in names for _, names in stages):
+            same = next((names for tensor, names in stages if tensor is x), None)
+            if same is None:
+                stages.append((x, [name]))
+            else:
+                same.append(name)
+    return [names for _, names in stages]
+
+
+def _arguments(model: nn.Module, blocks: list[nn.Module], calls: Iterable[Call]) -> list[list[Call]]:
+    """What each block is called with, by block and batch; one entry if all get the same beside the hidden state."""
+    seen: list[list[Call]] = [[] for _ in blocks]
+    last = blocks[-1]
+
+    def hook(number: int) -> Any:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[number].append(Call(args, kwargs) if number == 0 else _split(Call(args, kwargs))[1])
+            if module is last:
+                raise _Found
+
+        return see
+
+    handles = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
+    try:
+        for number, call in enumerate(calls):
+            try:
+                run(model, call, f"calibration batch {number}")
+            except _Found:
+                pass
+            if number == 0 and len(seen) > 1 and all(_same(_split(seen[0][0])[1], others[0]) for others in seen[1:]):
+                for handle in handles[1:]:
+                    handle.remove()
+                del seen[1:]
+                last = blocks[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _split(call: Call) -> tuple[Tensor, Call]:
+    """The first argument and the others."""
+    if call.args:
+        return call.args[0], Call(call.args[1:], call.kwargs)
+    first, *_ = call.kwargs
+    return call.kwargs[first], Call((), {key: value for key, value in call.kwargs.items() if key != first})
+
+
+def _joined(hidden: Tensor, call: Call) -> Call:
+    return Call((hidden, *call.args), call.kwargs)
+
+
+def _hidden(output: Any) -> Tensor:
+    """A block's hidden state: what it returns, or the first of several things."""
+    hidden = output[0] if isinstance(output, (tuple, list)) else output
+    if not isinstance(hidden, Tensor):
+        raise CalibrationError(f"a block returned a {type(hidden).__name__}, needs a tensor or a tuple that begins with one.")
+    return hidden
+
+
+def _same(first: Call, second: Call) -> bool:
+    """Whether two calls have the same objects as arguments, or equal plain values."""
+    leaves = [pytree.tree_leaves((call.args, call.kwargs)) for call in (first, second)]
+    return len(leaves[0]) == len(leaves[1]) and all(
+        a is b or (not isinstance(a, Tensor) and type(a) is type(b) and a == b) for a, b in zip(*leaves, strict=True)
+    )
