@@ -287,7 +287,7 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, batc
             if parameter is not None:
                 done[parameter] = weight
     if later:
-        result.update(quantize_blocks(twin, plan.sites, result, batches))
+        result.update(quantize_blocks(_twin(twin), plan.sites, result, batches))
     return result
 
 

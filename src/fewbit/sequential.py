@@ -6,6 +6,8 @@ there are one block's statistics in memory, and the hidden states of all calibra
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fewbit.batches import Call, run
-from fewbit.errors import CalibrationError
+from fewbit.errors import CalibrationError, PlanError
 from fewbit.methods import METHODS, Gptq, Moments
 from fewbit.nn import layer_class
 from fewbit.plan import Site
@@ -58,13 +60,14 @@ def walked(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, dict[str, S
     if found is None:
         return {}
     name, blocks = found
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     result: dict[str, dict[str, Site]] = {}
     for number in range(len(blocks)):
         prefix = f"{name}.{number}" if name else str(number)
         result[prefix] = {
             site_name.removeprefix(f"{prefix}."): site
             for site_name, site in sites.items()
-            if site_name.startswith(f"{prefix}.") and _takes_inputs(model.get_submodule(site_name), site)
+            if site_name.startswith(f"{prefix}.") and _takes_inputs(model.get_submodule(site_name), site, owners)
         }
     return result if any(result.values()) else {}
 
@@ -75,18 +78,18 @@ def quantize_blocks(model: nn.Module, sites: Mapping[str, Site], others: Weights
     blocks = walked(model, sites)
     calls = list(calls)
     names = list(blocks)
-    arguments = _arguments(model, [model.get_submodule(name) for name in names], calls)
+    hidden, arguments = _arguments(model, [model.get_submodule(name) for name in names], calls)
     before: dict[str, Tensor] = {}
+    tied: set[int] = set()
     for name, weights in others.items():
-        before.update(_float_weights(model, name, weights))
-    streams = Streams(
-        [_split(call)[0] for call in arguments[0]],
-        [_split(_call_of(model, names[0], before, call))[0] for call in calls],
-        [],
-    )
+        for full, weight in _float_weights(model, name, weights).items():
+            if id(model.get_parameter(full)) not in tied:
+                before[full] = weight
+                tied.add(id(model.get_parameter(full)))
+    streams = Streams(hidden, [_split(_call_of(model, names[0], before, call))[0] for call in calls], [])
     result: Weights = {}
     for number, (name, inside) in enumerate(progress(blocks.items(), "quantizing blocks")):
-        streams.calls = [_split(call)[1] for call in arguments[min(number, len(arguments) - 1)]]
+        streams.calls = arguments[min(number, len(arguments) - 1)]
         beside = {n.removeprefix(f"{name}."): w for n, w in others.items() if n.startswith(f"{name}.")}
         weights = quantize_block(model.get_submodule(name), inside, streams, beside)
         result.update({f"{name}.{site}": weight for site, weight in weights.items()})
@@ -117,7 +120,10 @@ def quantize_block(
             [(key, matrix)] = layer_class(module).matrices(module).items()
             method, spec = METHODS[sites[name].scheme.method], sites[name].scheme.weight
             assert isinstance(method, Gptq)
-            result[name] = {key: method.quantize_for(matrix.detach(), spec, moments, held_out)}
+            try:
+                result[name] = {key: method.quantize_for(matrix.detach(), spec, moments, held_out)}
+            except ValueError as error:
+                raise PlanError(f"{name}.{key}: cannot be quantized: {error}") from None
             replaced.update(_float_weights(block, name, result[name]))
     for i, call in enumerate(streams.calls):
         streams.x[i] = _hidden(_joined(streams.x[i], call).run(block))
@@ -126,10 +132,17 @@ def quantize_block(
     return result
 
 
-def _takes_inputs(module: nn.Module, site: Site) -> bool:
-    layer = layer_class(module)
-    method = METHODS[site.scheme.method]
-    return isinstance(method, Gptq) and len(site.weights) == 1 and layer.channel_axis(module) == -1
+def _takes_inputs(module: nn.Module, site: Site, owners: Counter[int]) -> bool:
+    """Whether the method wants the inputs of this layer, and the layer has one matrix, not another's too, that they meet."""
+    keys = list(layer_class(module).matrices(module))
+    parameter = module._parameters.get(keys[0])
+    return (
+        isinstance(METHODS[site.scheme.method], Gptq)
+        and len(keys) == 1
+        and layer_class(module).channel_axis(module) == -1
+        and parameter is not None
+        and owners[id(parameter)] == 1
+    )
 
 
 def _float_weights(block: nn.Module, name: str, weights: Mapping[str, QTensor]) -> dict[str, Tensor]:
@@ -156,9 +169,8 @@ def _call_of(model: nn.Module, name: str, replaced: Mapping[str, Tensor], call: 
 
     handle = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        functional_call(model, dict(replaced), call.args, call.kwargs)
-    except _Found:
-        pass
+        with contextlib.suppress(_Found):
+            functional_call(model, dict(replaced), call.args, call.kwargs)
     finally:
         handle.remove()
     return seen[0]
@@ -224,15 +236,21 @@ def _stages(block: nn.Module, sites: Mapping[str, Site], streams: Streams) -> li
     return [names for _, names in stages]
 
 
-def _arguments(model: nn.Module, blocks: list[nn.Module], calls: Iterable[Call]) -> list[list[Call]]:
-    """What each block is called with, by block and batch; one entry if all get the same beside the hidden state."""
+def _arguments(
+    model: nn.Module, blocks: list[nn.Module], calls: Iterable[Call]
+) -> tuple[list[Tensor], list[list[Call]]]:
+    """Hidden states before the first block, and what each block gets beside them; one entry if that is the same for all."""
+    hidden: list[Tensor] = []
     seen: list[list[Call]] = [[] for _ in blocks]
-    last = blocks[-1]
+    last = len(blocks) - 1
 
     def hook(number: int) -> Any:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[number].append(Call(args, kwargs) if number == 0 else _split(Call(args, kwargs))[1])
-            if module is last:
+            x, rest = _split(Call(args, kwargs))
+            seen[number].append(rest)
+            if number == 0:
+                hidden.append(x)
+            if number == last:
                 raise _Found
 
         return see
@@ -240,19 +258,15 @@ def _arguments(model: nn.Module, blocks: list[nn.Module], calls: Iterable[Call])
     handles = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
     try:
         for number, call in enumerate(calls):
-            try:
+            with contextlib.suppress(_Found):
                 run(model, call, f"calibration batch {number}")
-            except _Found:
-                pass
-            if number == 0 and len(seen) > 1 and all(_same(_split(seen[0][0])[1], others[0]) for others in seen[1:]):
-                for handle in handles[1:]:
-                    handle.remove()
+            if number == 0 and all(_same(seen[0][0], others[0]) for others in seen[1:] if others):
+                last = 0  # the blocks after the first tell nothing new
                 del seen[1:]
-                last = blocks[0]
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return hidden, seen
 
 
 def _split(call: Call) -> tuple[Tensor, Call]:

@@ -70,7 +70,7 @@ class Gptq(Method):
     """
 
     dampings: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    damping: float = 0.01
+    damping: float = 0.1
 
     @property
     def uses_importance(self) -> bool:
@@ -98,15 +98,16 @@ class Gptq(Method):
 
 def feed_back(V: Tensor, spec: QuantSpec, H: Tensor, start: QTensor) -> QTensor:
     """GPTQ of ``V`` ``[rows, columns]``. ``H`` is positive definite; ``start`` has the scales of scales, if there are any."""
-    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    size = spec.granularity.group_size or len(H)
+    groups, order = _order(H.diagonal(), size)
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True)
     h = U.diagonal().square().reciprocal().to(torch.float32)[:, None]  # what an error costs once the rest has made up for it
     U = (U / U.diagonal()[:, None]).to(torch.float32)  # each row over its diagonal: how much of an error goes where
-    w = V.to(torch.float32).T.contiguous()  # a column of V is a contiguous row
+    w = V.to(torch.float32).T[order]  # a column of V is a contiguous row
     scales = scale_values(start.scale, spec).clone()
     zeros = torch.zeros_like(scales) if start.zero_point is None else start.zero_point.to(scales.dtype)
     kept = start.scale
-    size = spec.granularity.group_size or len(w)
-    for group, begin in enumerate(range(0, len(w), size)):
+    for group, begin in zip(groups, range(0, len(w), size), strict=True):
         end = min(begin + size, len(w))
         block, feedback = w[begin:end], U[begin:end, begin:end]
         scale, zero, kept = _fitted(Blocks(block, h[begin:end]), spec, kept, scales, group)
@@ -119,7 +120,19 @@ def feed_back(V: Tensor, spec: QuantSpec, H: Tensor, start: QTensor) -> QTensor:
             block[i + 1 :].addr_(feedback[i, i + 1 :], errors[i], alpha=-1)
         w[end:].addmm_(U[begin:end, end:].T, errors, alpha=-1)
     zero_point = None if spec.symmetric else zeros.to(spec.number.dtype)
-    return quantize_with(w.T, spec, kept, zero_point)
+    return quantize_with(w[order.argsort()].T, spec, kept, zero_point)
+
+
+def _order(diagonal: Tensor, size: int) -> tuple[list[int], Tensor]:
+    """The groups, and the columns, in the order of their rounding: those first that matter most, while there are many left to
+    make up for them. Groups stay together; a short last one stays last."""
+    count = len(diagonal) // size
+    whole = diagonal[: count * size].reshape(count, size)
+    groups = whole.sum(1).argsort(descending=True, stable=True)
+    inside = whole.argsort(dim=1, descending=True, stable=True)
+    columns = (groups[:, None] * size + inside[groups]).reshape(-1)
+    rest = torch.arange(count * size, len(diagonal))
+    return [*groups.tolist(), *range(count, count + (len(rest) > 0))], torch.cat([columns, rest])
 
 
 def _fitted(
