@@ -17,10 +17,19 @@ from fewbit.methods import METHODS, Gptq, Moments
 from fewbit.pipeline import float_twin
 from fewbit.plan import make_plan
 from fewbit.qtensor import dequantize
-from fewbit.sequential import Streams, find_blocks, quantize_block, quantize_blocks, walked
+from fewbit.sequential import (
+    HEAVY,
+    Streams,
+    _without_heavy_tokens,
+    find_blocks,
+    find_walk,
+    quantize_block,
+    quantize_blocks,
+)
 
 WEIGHT = QuantSpec("int4", per_group(32), symmetric=False)
 GPTQ = Recipe("gptq", (Rule("type:Linear", Scheme(WEIGHT, method="gptq")),))
+BOTH = Recipe("both", (Rule("type:Linear|Embedding", Scheme(WEIGHT, method="gptq")),))
 WIDTH, HEADS, VOCABULARY = 64, 4, 96
 
 
@@ -97,12 +106,16 @@ def test_the_blocks_are_the_largest_list_of_one_type(llama: Llama) -> None:
 
 
 def test_what_is_walked_is_what_wants_inputs(llama: Llama) -> None:
-    inside = walked(llama, make_plan(llama, GPTQ).sites)
+    walk = find_walk(llama, make_plan(llama, BOTH).sites)
+    inside = walk.blocks
+    assert set(walk.outside) == {"head"}
     assert list(inside) == ["blocks.0", "blocks.1", "blocks.2"]
     layers = {"attention.q", "attention.k", "attention.v", "attention.o", "gate", "up", "down"}
     assert all(set(sites) == layers for sites in inside.values())
     rounding = Recipe("rtn", (Rule("type:Linear", Scheme(WEIGHT)),))
-    assert walked(llama, make_plan(llama, rounding).sites) == {}
+    assert find_walk(llama, make_plan(llama, rounding).sites).names == set()
+    flat = nn.Sequential(nn.Linear(64, 64))
+    assert find_walk(flat, make_plan(flat, GPTQ).sites).names == set()
 
 
 def test_it_is_better_than_the_search_on_other_data(llama: Llama) -> None:
@@ -169,7 +182,7 @@ def test_one_linear_layer_as_a_block_is_the_method_on_its_inputs() -> None:
     data = [torch.randn(80, 64) for _ in range(2)]
     sites = make_plan(model, GPTQ).sites
     streams = Streams(list(data), list(data), [Call((), {})] * 2)
-    found = quantize_block(model["blocks"][0], walked(model, sites)["blocks.0"], streams)
+    found = quantize_block(model["blocks"][0], find_walk(model, sites).blocks["blocks.0"], streams)
     seen, held_out = Moments.zeros(64), Moments.zeros(64)
     for x in data:
         seen.add(x[:70], x[:70])
@@ -179,9 +192,15 @@ def test_one_linear_layer_as_a_block_is_the_method_on_its_inputs() -> None:
     assert torch.equal(found["0"]["weight"].codes, expected.codes)
     with torch.no_grad():
         torch.testing.assert_close(streams.x[0], layer(data[0]))
-        torch.testing.assert_close(
-            streams.z[0], nn.functional.linear(data[0], dequantize(expected), layer.bias)
-        )
+        torch.testing.assert_close(streams.z[0], nn.functional.linear(data[0], dequantize(expected), layer.bias))
+
+
+def test_a_head_tied_to_the_table_is_quantized_for_its_inputs(llama: Llama) -> None:
+    seen, new = texts(30, seed=1), texts(5, seed=2)
+    walk = fewbit.quantize(llama, BOTH, seen)
+    assert walk.head.weight_packed is walk.table.weight_packed
+    search = Recipe("search", (Rule("type:Linear|Embedding", Scheme(WEIGHT, method="mse")),))
+    assert error(llama, walk, new) < 0.85 * error(llama, fewbit.quantize(llama, search, seen), new)
 
 
 def test_a_layer_that_is_never_called_is_searched(llama: Llama) -> None:
@@ -206,32 +225,34 @@ def test_blocks_that_get_different_arguments(llama: Llama) -> None:
     torch.manual_seed(0)
     model = Windowed().eval()
     twin = float_twin(model, make_plan(model, GPTQ))
-    seen: list[Streams] = []
     data = texts(2, seed=1)
-    weights = quantize_blocks(twin, make_plan(model, GPTQ).sites, {}, [Call((x,), {}) for x in data])
-    assert len(weights) == 21 and not seen
+    walk = find_walk(twin, make_plan(model, GPTQ).sites)
+    assert len(quantize_blocks(twin, walk, {}, [Call((x,), {}) for x in data])) == 21
     qmodel = fewbit.quantize(model, GPTQ, texts(20, seed=1))
     search = fewbit.quantize(model, Recipe("search", (Rule("type:Linear", Scheme(WEIGHT, method="mse")),)), data)
     assert error(model, qmodel, texts(3, seed=2)) < error(model, search, texts(3, seed=2))
 
 
-def test_one_heavy_token_does_not_decide(llama: Llama) -> None:
-    """A token whose activations are a thousand times as large as all others, as language models make them at first place."""
-    with torch.no_grad():
-        llama.table.weight[0] *= 1e3
-    data = [torch.cat([torch.zeros(2, 1, dtype=torch.int64), x.clamp(min=1)], 1) for x in texts(30, seed=1)]
-    new = [x.clamp(min=1) for x in texts(5, seed=2)]
-    with_it = error(llama, fewbit.quantize(llama, GPTQ, data), new)
-    without = error(llama, fewbit.quantize(llama, GPTQ, [x[:, 1:] for x in data]), new)
-    assert with_it < 1.3 * without
+def test_heavy_tokens_are_made_smaller_in_both_streams() -> None:
+    torch.manual_seed(0)
+    X = torch.randn(50, 8)
+    X[0] *= 1e4
+    Z = X + 0.1
+    few, same = _without_heavy_tokens(X, Z)
+    assert torch.equal(few[1:], X[1:]) and torch.equal(same[1:], Z[1:])
+    median = X.square().sum(1).median()
+    assert float(few[0].square().sum() / median) == pytest.approx(HEAVY, rel=1e-4)
+    torch.testing.assert_close(same[0] / few[0], Z[0] / X[0])
+    zeros = torch.zeros(4, 8)
+    assert torch.equal(_without_heavy_tokens(zeros, zeros)[0], zeros)
 
 
 def test_a_weight_that_is_not_finite_is_named(llama: Llama) -> None:
     streams = Streams([torch.randn(1, 5, WIDTH)], [torch.randn(1, 5, WIDTH)], [Call((torch.ones(5, 5).bool(),), {})])
     with torch.no_grad():
         llama.blocks[0].gate.weight[0, 0] = torch.nan
-    with pytest.raises(fewbit.PlanError, match="gate.weight: cannot be quantized: found 1 NaN"):
-        quantize_block(llama.blocks[0], walked(llama, of_blocks(llama))["blocks.0"], streams)
+    with pytest.raises(fewbit.PlanError, match=r"gate\.weight: cannot be quantized: found 1 NaN"):
+        quantize_block(llama.blocks[0], find_walk(llama, of_blocks(llama)).blocks["blocks.0"], streams)
 
 
 def test_huggingface_llama() -> None:

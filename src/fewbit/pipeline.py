@@ -25,7 +25,7 @@ from fewbit.progress import progress
 from fewbit.qtensor import QTensor, empty
 from fewbit.ranges import input_grids
 from fewbit.sensitivity import sensitive_ends
-from fewbit.sequential import Weights, quantize_blocks, walked
+from fewbit.sequential import Walk, Weights, find_walk, quantize_blocks, quantize_outside
 from fewbit.transforms import TRANSFORMS
 
 PLAN = "fewbit_plan"  # the attribute of a quantized model that holds its plan
@@ -59,25 +59,26 @@ def quantize(
     statistics: Statistics = {}
     graph: Graph | None = None
     again: list[Call] = []  # what an iterator gives only once
-    if (
-        batches is not None
-        and first is not None
-        and any(observers_of(site, twin.get_submodule(name)) for name, site in plan.sites.items())
-    ):
-        stream = itertools.chain([first], batches)
-        if isinstance(calibration, Iterator):
-            needed = None if walked(twin, plan.sites) else EXAMPLES
-            stream = itertools.chain(again := list(itertools.islice(stream, needed)), stream)
+    walk = Walk({}, {}) if calibration is None else find_walk(twin, plan.sites)
+    observed = replace(plan, sites={name: site for name, site in plan.sites.items() if name not in walk.names})
+    stream = iter(()) if batches is None or first is None else itertools.chain([first], batches)
+    if isinstance(calibration, Iterator):
+        again = list(itertools.islice(stream, None if walk.names else EXAMPLES))
+        stream = itertools.chain(again, stream)
+    if first is not None and any(observers_of(site, twin.get_submodule(name)) for name, site in observed.sites.items()):
         # On a twin of its own: modules may count their calls or keep what they saw.
         graph, unread = _find_graph(_twin(twin), plan, first)
-        statistics = calibrate(_twin(twin), plan, stream, graph)
+        statistics = calibrate(_twin(twin), observed, stream, graph)
         plan = _without_unreached(plan, statistics, twin)
         plan = replace(plan, skipped={**plan.skipped, **unread}, results=_results(plan, statistics, graph))
 
     def examples() -> Iterable[Call]:
         return again or calls(model, calibration)
 
-    rounded = _quantized_weights(twin, plan, statistics, examples())
+    known = quantize_outside(_twin(twin), walk, examples()) if walk.outside else {}
+    rounded = _quantized_weights(twin, observed, statistics, known)
+    if walk.blocks:
+        rounded.update(quantize_blocks(_twin(twin), walk, rounded, examples()))
     shared = () if graph is None else graph.inputs().values()
     grids = input_grids(twin, plan, statistics, shared, examples() if statistics else ())
     weights, biases = _corrected(twin, plan, rounded, grids, examples())
@@ -255,14 +256,15 @@ def _corrected(
     return correct(twin, plan, weights, grids, batches, plan.recipe.correction)
 
 
-def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, batches: Iterable[Call]) -> Weights:
-    result: Weights = {}
-    blocks = walked(twin, plan.sites) if statistics else {}
-    later = {f"{block}.{name}" for block, sites in blocks.items() for name in sites}
+def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, known: Weights) -> Weights:
+    """The weights of the plan's sites and those already ``known``."""
+    result = dict(known)
     # A tied weight is quantized once, with what the first layer saw that tells something of it.
-    done: dict[nn.Parameter, QTensor] = {}
+    done = {
+        twin.get_submodule(name)._parameters[key]: w for name, weights in known.items() for key, w in weights.items()
+    }
     informed = sorted(plan.sites, key=lambda name: "second_moment" not in statistics.get(name, {}))
-    for name in progress([name for name in informed if name not in later], "quantizing"):
+    for name in progress(informed, "quantizing"):
         site = plan.sites[name]
         module = twin.get_submodule(name)
         layer = layer_class(module)
@@ -286,8 +288,6 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, batc
             result[name][key] = weight
             if parameter is not None:
                 done[parameter] = weight
-    if later:
-        result.update(quantize_blocks(_twin(twin), plan.sites, result, batches))
     return result
 
 

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from fewbit.batches import Call, run
-from fewbit.errors import CalibrationError, PlanError
+from fewbit.errors import CalibrationError, FewbitError, PlanError
 from fewbit.methods import METHODS, Gptq, Moments
 from fewbit.nn import layer_class
 from fewbit.plan import Site
@@ -26,7 +26,7 @@ from fewbit.progress import progress
 from fewbit.qtensor import QTensor, dequantize
 
 HELD_OUT = 8  # one of so many tokens judges what the others give
-HEAVY = 4.0  # a token counts at most so many times as much as the median one
+HEAVY = 64.0  # a token counts at most so many times as much as the median one
 
 Weights = dict[str, dict[str, QTensor]]  # by site and parameter
 
@@ -54,30 +54,66 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return None if best is None else best[1:]
 
 
-def walked(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, dict[str, Site]]:
-    """By block, in order, the sites whose method wants the inputs; names are relative to the block's."""
+@dataclass(frozen=True)
+class Walk:
+    """The sites whose method wants the inputs of layers: by block, with names within it, and those ``outside`` of blocks."""
+
+    blocks: Mapping[str, Mapping[str, Site]]
+    outside: Mapping[str, Site]
+
+    @property
+    def names(self) -> set[str]:
+        inside = {f"{block}.{name}" for block, sites in self.blocks.items() for name in sites}
+        return inside.union(self.outside)
+
+
+def find_walk(model: nn.Module, sites: Mapping[str, Site]) -> Walk:
+    """What there is to walk through; nothing in a model without blocks."""
     found = find_blocks(model)
     if found is None:
-        return {}
-    name, blocks = found
+        return Walk({}, {})
+    prefixes = [f"{found[0]}.{number}" if found[0] else str(number) for number in range(len(found[1]))]
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    result: dict[str, dict[str, Site]] = {}
-    for number in range(len(blocks)):
-        prefix = f"{name}.{number}" if name else str(number)
-        result[prefix] = {
-            site_name.removeprefix(f"{prefix}."): site
-            for site_name, site in sites.items()
-            if site_name.startswith(f"{prefix}.") and _takes_inputs(model.get_submodule(site_name), site, owners)
-        }
-    return result if any(result.values()) else {}
+    blocks: dict[str, dict[str, Site]] = {prefix: {} for prefix in prefixes}
+    outside: dict[str, Site] = {}
+    for name, site in sites.items():
+        module = model.get_submodule(name)
+        if not _takes_inputs(module, site):
+            continue
+        prefix = next((prefix for prefix in prefixes if name.startswith(f"{prefix}.")), None)
+        if prefix is None:
+            outside[name] = site
+        elif all(owners[id(p)] == 1 for p in module.parameters(recurse=False)):  # else no two blocks would agree
+            blocks[prefix][name.removeprefix(f"{prefix}.")] = site
+    return Walk(blocks, outside) if any(blocks.values()) else Walk({}, {})
 
 
 @torch.no_grad()
-def quantize_blocks(model: nn.Module, sites: Mapping[str, Site], others: Weights, calls: Iterable[Call]) -> Weights:
-    """The weights of all walked sites of the float ``model``; ``others`` are those of the sites beside them."""
-    blocks = walked(model, sites)
+def quantize_outside(model: nn.Module, walk: Walk, calls: Iterable[Call]) -> Weights:
+    """The weights of the sites outside of blocks, for what they get in the float ``model``: they may be tied to the table
+    that the blocks' inputs come from."""
     calls = list(calls)
-    names = list(blocks)
+    result: Weights = {}
+    for name, site in walk.outside.items():
+        both = _Both(name)
+        for number, call in enumerate(calls):
+            try:
+                X = _tokens(model, name, {}, call)
+            # A model raises anything on inputs it was not made for.
+            except Exception as error:
+                raise CalibrationError(
+                    f"calibration batch {number}: {type(model).__name__} raised {type(error).__name__}: {error}"
+                ) from error
+            both.add(X, X)
+        result[name] = _quantized(model, name, site, both)
+    return result
+
+
+@torch.no_grad()
+def quantize_blocks(model: nn.Module, walk: Walk, others: Weights, calls: Iterable[Call]) -> Weights:
+    """The weights of all sites in blocks of the float ``model``; ``others`` are those of the sites beside them."""
+    calls = list(calls)
+    names = list(walk.blocks)
     hidden, arguments = _arguments(model, [model.get_submodule(name) for name in names], calls)
     before: dict[str, Tensor] = {}
     tied: set[int] = set()
@@ -88,17 +124,23 @@ def quantize_blocks(model: nn.Module, sites: Mapping[str, Site], others: Weights
                 tied.add(id(model.get_parameter(full)))
     streams = Streams(hidden, [_split(_call_of(model, names[0], before, call))[0] for call in calls], [])
     result: Weights = {}
-    for number, (name, inside) in enumerate(progress(blocks.items(), "quantizing blocks")):
+    for number, (name, inside) in enumerate(progress(walk.blocks.items(), "quantizing blocks")):
         streams.calls = arguments[min(number, len(arguments) - 1)]
         beside = {n.removeprefix(f"{name}."): w for n, w in others.items() if n.startswith(f"{name}.")}
-        weights = quantize_block(model.get_submodule(name), inside, streams, beside)
-        result.update({f"{name}.{site}": weight for site, weight in weights.items()})
+        try:
+            found = quantize_block(model.get_submodule(name), inside, streams, beside)
+        except FewbitError as error:
+            raise type(error)(f"{name}.{error}") from None
+        result.update({f"{name}.{site}": weights for site, weights in found.items()})
     return result
 
 
 @torch.no_grad()
 def quantize_block(
-    block: nn.Module, sites: Mapping[str, Site], streams: Streams, others: Mapping[str, Mapping[str, QTensor]] | None = None
+    block: nn.Module,
+    sites: Mapping[str, Site],
+    streams: Streams,
+    others: Mapping[str, Mapping[str, QTensor]] | None = None,
 ) -> Weights:
     """The weights of ``sites`` of one float block, by name within it. Moves both streams behind the block.
 
@@ -114,16 +156,11 @@ def quantize_block(
         [(key, matrix)] = layer_class(module).matrices(module).items()
         result[name] = {key: METHODS[sites[name].scheme.method].quantize(matrix.detach(), sites[name].scheme.weight)}
     for stage in stages:
-        moments, held_out = _moments(block, stage[0], replaced, streams)
+        both = _Both(stage[0])
+        for x, z, call in zip(streams.x, streams.z, streams.calls, strict=True):
+            both.add(*(_tokens(block, stage[0], by, _joined(h, call)) for by, h in (({}, x), (replaced, z))))
         for name in stage:
-            module = block.get_submodule(name)
-            [(key, matrix)] = layer_class(module).matrices(module).items()
-            method, spec = METHODS[sites[name].scheme.method], sites[name].scheme.weight
-            assert isinstance(method, Gptq)
-            try:
-                result[name] = {key: method.quantize_for(matrix.detach(), spec, moments, held_out)}
-            except ValueError as error:
-                raise PlanError(f"{name}.{key}: cannot be quantized: {error}") from None
+            result[name] = _quantized(block, name, sites[name], both)
             replaced.update(_float_weights(block, name, result[name]))
     for i, call in enumerate(streams.calls):
         streams.x[i] = _hidden(_joined(streams.x[i], call).run(block))
@@ -132,17 +169,26 @@ def quantize_block(
     return result
 
 
-def _takes_inputs(module: nn.Module, site: Site, owners: Counter[int]) -> bool:
-    """Whether the method wants the inputs of this layer, and the layer has one matrix, not another's too, that they meet."""
+def _takes_inputs(module: nn.Module, site: Site) -> bool:
+    """Whether the method wants the inputs of this layer, and the layer has one matrix that they meet."""
     keys = list(layer_class(module).matrices(module))
-    parameter = module._parameters.get(keys[0])
     return (
         isinstance(METHODS[site.scheme.method], Gptq)
         and len(keys) == 1
         and layer_class(module).channel_axis(module) == -1
-        and parameter is not None
-        and owners[id(parameter)] == 1
+        and module._parameters.get(keys[0]) is not None
     )
+
+
+def _quantized(model: nn.Module, name: str, site: Site, both: _Both) -> dict[str, QTensor]:
+    module = model.get_submodule(name)
+    [(key, matrix)] = layer_class(module).matrices(module).items()
+    method = METHODS[site.scheme.method]
+    assert isinstance(method, Gptq)
+    try:
+        return {key: method.quantize_for(matrix.detach(), site.scheme.weight, *both.moments())}
+    except ValueError as error:
+        raise PlanError(f"{name}.{key}: cannot be quantized: {error}") from None
 
 
 def _float_weights(block: nn.Module, name: str, weights: Mapping[str, QTensor]) -> dict[str, Tensor]:
@@ -176,27 +222,32 @@ def _call_of(model: nn.Module, name: str, replaced: Mapping[str, Tensor], call: 
     return seen[0]
 
 
-def _tokens(block: nn.Module, name: str, replaced: Mapping[str, Tensor], hidden: Tensor, call: Call) -> Tensor:
-    """The input of a layer, ``[tokens, columns]``."""
-    x, _ = _split(_call_of(block, name, replaced, _joined(hidden, call)))
+def _tokens(model: nn.Module, name: str, replaced: Mapping[str, Tensor], call: Call) -> Tensor:
+    """The input of the layer of this name, ``[tokens, columns]``."""
+    x, _ = _split(_call_of(model, name, replaced, call))
     return x.reshape(-1, x.shape[-1]).to(torch.float32)
 
 
-def _moments(
-    block: nn.Module, name: str, replaced: Mapping[str, Tensor], streams: Streams
-) -> tuple[Moments, Moments]:
+class _Both:
     """Moments of one layer's inputs, and those of the tokens held out: the last of each batch."""
-    both: tuple[Moments, Moments] | None = None
-    for x, z, call in zip(streams.x, streams.z, streams.calls, strict=True):
-        X, Z = _tokens(block, name, {}, x, call), _tokens(block, name, replaced, z, call)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._moments: tuple[Moments, Moments] | None = None
+
+    def add(self, X: Tensor, Z: Tensor) -> None:
         X, Z = _without_heavy_tokens(X, Z)
-        if both is None:
-            both = Moments.zeros(X.shape[1]), Moments.zeros(X.shape[1])
+        if self._moments is None:
+            self._moments = Moments.zeros(X.shape[1]), Moments.zeros(X.shape[1])
         kept = len(X) - len(X) // HELD_OUT
-        both[0].add(X[:kept], Z[:kept])
-        both[1].add(X[kept:], Z[kept:])
-    assert both is not None
-    return both
+        self._moments[0].add(X[:kept], Z[:kept])
+        self._moments[1].add(X[kept:], Z[kept:])
+
+    def moments(self) -> tuple[Moments, Moments]:
+        assert self._moments is not None
+        if not all(bool(part.isfinite().all()) for both in self._moments for part in (both.H, both.D)):
+            raise CalibrationError(f"{self._name}: its input has a NaN or an infinity.")
+        return self._moments
 
 
 def _without_heavy_tokens(X: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,9 +268,7 @@ def _stages(block: nn.Module, sites: Mapping[str, Site], streams: Streams) -> li
     def hook(name: str) -> Any:
         return lambda module, args, kwargs: order.append((name, _split(Call(args, kwargs))[0]))
 
-    handles = [
-        block.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in sites
-    ]
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in sites]
     try:
         _joined(streams.x[0], streams.calls[0]).run(block)
     finally:
@@ -285,7 +334,9 @@ def _hidden(output: Any) -> Tensor:
     """A block's hidden state: what it returns, or the first of several things."""
     hidden = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(hidden, Tensor):
-        raise CalibrationError(f"a block returned a {type(hidden).__name__}, needs a tensor or a tuple that begins with one.")
+        raise CalibrationError(
+            f"a block returned a {type(hidden).__name__}, needs a tensor or a tuple that begins with one."
+        )
     return hidden
 
 

@@ -66,9 +66,7 @@ def error(blocks: Blocks, spec: QuantSpec, scale: Tensor, zero: Tensor) -> Tenso
     return torch.where(scale > 0, blocks.sum(e.square_()), torch.inf)
 
 
-def best_option(
-    blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
+def best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Which of several scales is best for each block, the first of equals, and the best zero point near that scale's own."""
     low, high = spec.number.bound(spec.symmetric)
     least = torch.full_like(options[0][1], torch.inf)
@@ -146,5 +144,3 @@ class _Search:
         intercept = (sw - slope * sd) / one
         zero = (self.zero - intercept / slope).round()
         return slope, torch.where(usable & zero.isfinite(), zero, self.zero)
-
-

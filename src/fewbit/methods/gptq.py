@@ -23,7 +23,6 @@ from fewbit.methods.mse import STEPS, MeanSquaredError, moved
 from fewbit.qtensor import QTensor, dequantize, quantize_with, scale_values, stored_scale
 from fewbit.spec import QuantSpec
 
-
 ROWS = 128  # of a weight, which choose the damping for all
 
 
@@ -101,7 +100,9 @@ def feed_back(V: Tensor, spec: QuantSpec, H: Tensor, start: QTensor) -> QTensor:
     size = spec.granularity.group_size or len(H)
     groups, order = _order(H.diagonal(), size)
     U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order])), upper=True)
-    h = U.diagonal().square().reciprocal().to(torch.float32)[:, None]  # what an error costs once the rest has made up for it
+    h = (
+        U.diagonal().square().reciprocal().to(torch.float32)[:, None]
+    )  # what an error costs once the rest has made up for it
     U = (U / U.diagonal()[:, None]).to(torch.float32)  # each row over its diagonal: how much of an error goes where
     w = V.to(torch.float32).T[order]  # a column of V is a contiguous row
     scales = scale_values(start.scale, spec).clone()
@@ -138,24 +139,21 @@ def _order(diagonal: Tensor, size: int) -> tuple[list[int], Tensor]:
 def _fitted(
     blocks: Blocks, spec: QuantSpec, kept: Tensor | QTensor, scales: Tensor, group: int
 ) -> tuple[Tensor, Tensor, Tensor | QTensor]:
-    """Scale and zero point of one group of every row, and ``kept`` with that scale in it; ``scales`` are those of all groups."""
+    """Scale and zero point of one group of every row, and ``kept`` with these scales in it; ``scales`` are those of all."""
     exact, zero = best_grid(blocks, spec)
     wanted = scales.clone()
     wanted[:, group] = exact
     if isinstance(kept, QTensor):
         assert spec.scale is not None
         kept = quantize_with(wanted, spec.scale, kept.scale, kept.zero_point)
-        options = [moved(kept, step) for step in STEPS]
-    else:
-        options = [stored_scale(wanted, spec)]
-    values = [scale_values(option, spec)[:, group] for option in options]
-    index, zero = best_option(blocks, spec, [(value, zero) for value in values])
-    if isinstance(kept, QTensor):
+        options = [(scale_values(moved(kept, step), spec)[:, group], zero) for step in STEPS]
+        index, zero = best_option(blocks, spec, options)
         step = torch.zeros(wanted.shape, dtype=torch.int32)
         step[:, group] = torch.tensor(STEPS, dtype=torch.int32)[index]
         kept = moved(kept, step)
     else:
-        kept = options[0]
+        kept = stored_scale(wanted, spec)
+        _, zero = best_option(blocks, spec, [(scale_values(kept, spec)[:, group], zero)])
     return scale_values(kept, spec)[:, group], zero, kept
 
 

@@ -88,7 +88,8 @@ def _pieces(weight: Tensor, h: Tensor | None, spec: QuantSpec) -> Iterator[Block
         part = weight[begin : begin + rows]
         of_part = h if h is None or len(h) == 1 else h[begin : begin + rows]
         yield Blocks(
-            as_blocks(part, granularity), None if of_part is None else as_blocks(of_part.expand(part.shape), granularity)
+            as_blocks(part, granularity),
+            None if of_part is None else as_blocks(of_part.expand(part.shape), granularity),
         )
 
 

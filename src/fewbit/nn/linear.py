@@ -46,10 +46,10 @@ class Linear(QuantizedLayer):
         weight = self.qtensor()
         self._scale = "weight_scale"
         if isinstance(weight.scale, QTensor):  # kernels read scales of one level
-            spec = replace(weight.spec, scale=None)
-            weight = replace(weight, scale=weight.scale_values.to(scale_dtype(spec)), spec=spec)
             self._scale = "weight_scale_values"
-            self.register_buffer(self._scale, weight.scale, persistent=False)
+            values = weight.scale_values.to(scale_dtype(weight.spec))
+            self.register_buffer(self._scale, values, persistent=False)
+            weight = replace(weight, scale=values, spec=replace(weight.spec, scale=None))
         self._numbers = numbers_of(weight, self.scheme.input, self.activation)
 
     @property
