@@ -12,7 +12,7 @@ import fewbit
 from fewbit import PER_TOKEN, PlanError, QuantSpec, Recipe, Rule, Scheme, load_recipe, per_channel
 
 INT8 = Scheme(QuantSpec("int8", per_channel(0)))
-PRESETS = ["int4-dynamic", "int4-weight-only", "int8-dynamic", "int8-static"]
+PRESETS = ["int4-dynamic", "int4-gptq", "int4-weight-only", "int8-dynamic", "int8-static"]
 RULE: dict[str, Any] = {"pattern": "*", "scheme": {"weight": {"format": "int8"}}}
 
 

@@ -31,7 +31,20 @@ class Blocks:
     h: Tensor | None
 
     def sum(self, values: Tensor) -> Tensor:
-        return values.sum(0) if self.h is None else (values * self.h).sum(0)
+        """``sum h values`` of each block."""
+        return total(values if self.h is None else values * self.h)
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the first axis, always in the same order: torch's depends on how many columns there are, and what is found
+    for a block must not depend on what else is searched at the time."""
+    while len(values) > 1:
+        half = len(values) // 2
+        rest = values[2 * half :]
+        values = values[:half] + values[half : 2 * half]
+        if len(rest):
+            values[:1] += rest
+    return values[0]
 
 
 def as_blocks(matrix: Tensor, granularity: Granularity) -> Tensor:
@@ -121,7 +134,7 @@ class _Search:
             zero = zero.clamp(self.low_code, self.high_code)
         d = levels(self.blocks.w / scale, self.spec, zero)
         hd = d if self.blocks.h is None else d * self.blocks.h
-        wd, dd = (hd * self.blocks.w).sum(0), (hd * d).sum(0)
+        wd, dd = total(hd * self.blocks.w), total(hd * d)
         fits = (dd > 0) & (wd > 0)
         gain = torch.where(fits, wd.square() / dd, 0)  # how much less than sum h w^2 the error is
         better = gain > self.gain
@@ -135,7 +148,7 @@ class _Search:
             return self.scale, self.zero
         sums, u = self.blocks.sum, self.blocks.w
         d = levels(u / self.scale, self.spec, self.zero)
-        one = float(len(u)) if self.blocks.h is None else self.blocks.h.sum(0)
+        one = float(len(u)) if self.blocks.h is None else total(self.blocks.h)
         sd, sdd, sw, swd = sums(d), sums(d * d), sums(u), sums(u * d)
         determinant = one * sdd - sd.square()
         slope = (one * swd - sd * sw) / determinant
