@@ -21,6 +21,9 @@ import numpy as np
 import torch
 
 import fewbit
+from fewbit.batches import Call
+from fewbit.deploy import integer_reference
+from fewbit.targets import TARGETS
 from measure import Recorder, example, kl_and_flips, write
 
 EMULATED = ("qemu-x86_64", "-cpu", "Haswell")
@@ -81,9 +84,11 @@ def main() -> None:
             "the same with full 8-bit weights": full_range(preset),
         }.items():
             quantized = fewbit.quantize(task.model, recipe, task.calibration)
-            reference = torch.cat([fewbit.lower(quantized, task.example_inputs)(part) for part in x.split(25)])
+            call = Call((task.example_inputs,), {})
             file = fewbit.export(quantized, Path(folder, "model.onnx"), example_inputs=task.example_inputs)
-            for engine in ("ONNX Runtime", "OpenVINO"):
+            for engine, target in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino")):
+                integers = integer_reference(quantized, call, TARGETS[target])
+                reference = torch.cat([integers(part) for part in x.split(25)])
                 for cpu, emulated in (("this CPU", False), ("AVX2 alone", True)):
                     found = outputs(engine, file, images, emulated)
                     kl, flips = kl_and_flips(original, found)

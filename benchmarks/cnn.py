@@ -7,7 +7,8 @@ Both parts if none is named; of a part that does not run, the rows in the file s
 
 Accuracy: each candidate is quantized and evaluated in a fresh process, on all cores. ``seconds`` is the time from the float
 model and the calibration images in memory to the first answer: files, engines and Inductor's compiling, without its caches,
-are in it, imports are not. ``loaded MB`` is what was in memory before, ``peak MB`` the most until then in this process.
+are in it, imports are not. ``unlike reference`` counts the images to which fewbit's own kernels, rounding where the engine
+does, give another class. ``loaded MB`` is what was in memory before, ``peak MB`` the most until then in this process.
 
 Latency: all candidates of a model in one process, in turns of 20 ms, medians. Engines make their threads when they are made,
 so every number of threads gets its own. Eight images calibrate: the codes do not change the speed. ``error`` is relative
@@ -33,6 +34,9 @@ from torch import Tensor, nn
 
 import cnn_models
 import fewbit
+from fewbit.batches import Call
+from fewbit.deploy import integer_reference
+from fewbit.targets import TARGETS
 from measure import ISA, RESULTS, Recorder, example, in_turns, kl_and_flips, options, write
 from peers import CNN, UNLIMITED, preload
 
@@ -44,11 +48,8 @@ SECONDS = 2.0  # a cell
 FLOAT = "torch FP32"
 
 Lower = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
-FEWBIT: dict[str, Lower] = {
-    "fewbit, torch": lambda qmodel, example: fewbit.lower(qmodel, example, target="torch"),
-    "fewbit, ONNX Runtime": lambda qmodel, example: fewbit.lower(qmodel, example, target="onnxruntime"),
-    "fewbit, OpenVINO": lambda qmodel, example: fewbit.lower(qmodel, example, target="openvino"),
-}
+NAMES = {"fewbit, torch": "torch", "fewbit, ONNX Runtime": "onnxruntime", "fewbit, OpenVINO": "openvino"}
+FEWBIT: dict[str, Lower] = {what: functools.partial(fewbit.lower, target=target) for what, target in NAMES.items()}
 
 
 def quantized(model: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
@@ -88,7 +89,8 @@ def footprint(what: str, model_name: str, logits_file: str | None, quick: bool) 
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         if what in FEWBIT:
-            model: Any = FEWBIT[what](quantized(task.model, calibration), images)
+            qmodel = quantized(task.model, calibration)
+            model: Any = FEWBIT[what](qmodel, images)
         else:
             model = CNN[what](task.model, calibration, images, Path(folder))
         with torch.no_grad():
@@ -96,19 +98,25 @@ def footprint(what: str, model_name: str, logits_file: str | None, quick: bool) 
     seconds, peak = time.perf_counter() - began, memory("VmHWM")
     recorder = Recorder(model)
     score = 100 * float(torch.as_tensor(task.evaluate(recorder)).mean())
+    logits = torch.cat(recorder.outputs).clone()
     if logits_file is not None:
-        torch.save(torch.cat(recorder.outputs).clone(), logits_file)
-    return {
+        torch.save(logits, logits_file)
+    row = {
         "part": "accuracy",
         "model": model_name,
         "what": what,
         "isa": isa(what),
-        "images": len(torch.cat(recorder.outputs)),
+        "images": len(logits),
         "top-1 %": score,
         "seconds": seconds,
         "loaded MB": loaded,
         "peak MB": peak,
     }
+    if what in FEWBIT:
+        reference = Recorder(integer_reference(qmodel, Call((images,), {}), TARGETS[NAMES[what]]))
+        task.evaluate(reference)
+        row["unlike reference"] = int((torch.cat(reference.outputs).argmax(1) != logits.argmax(1)).sum())
+    return row
 
 
 # In the parent ------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def decode(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def cnn(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Accuracy, and what quantizing takes beyond the float model and the images."""
-    table = [["model", "", "top-1 %", "lost", "KL to float", "top-1 changed", "time", "memory"]]
+    table = [["model", "", "top-1 %", "lost", "KL to float", "top-1 changed", "unlike reference", "time", "memory"]]
     for row in rows:
         if row["part"] != "accuracy":
             continue
@@ -104,6 +104,7 @@ def cnn(rows: list[dict[str, Any]]) -> list[list[str]]:
         if row.get("KL") is not None:
             flips = f"{row['flips']} of {row['images']}"
             found[1:] = [f"{row['drop']:.2f}", f"{row['KL']:.2g}", flips]
+        found.append(f"{row['unlike reference']}" if "unlike reference" in row else "")
         cost = [f"{row['seconds']:.1f} s", f"{row['peak MB'] - row['loaded MB']:.0f} MB"]
         table.append([row["model"], row["what"], *found, *cost])
     return table
@@ -146,11 +147,8 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "cnn": cnn,
     "cnnlatency": cnnlatency,
 }
-FILES = {
-    "memory": "linear",
-    "avx2": "avx2_engines",
-    "cnnlatency": "cnn",
-}  # where a table has another name than its file
+# Where a table has another name than its file.
+FILES = {"memory": "linear", "avx2": "avx2_engines", "cnnlatency": "cnn"}
 
 
 def rendered(name: str) -> str:

@@ -121,6 +121,12 @@ struct Codes {
     std::memcpy(&v, p, 4);
     return _mm512_set1_epi32(v);
   }
+  static I bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I bytes_part(const uint8_t* p, int64_t count) {
+    return _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>(first(count)), p));
+  }
   static I all(int32_t v) { return _mm512_set1_epi32(v); }
   static F all(float v) { return _mm512_set1_ps(v); }
   static I all8(int v) { return _mm512_set1_epi8(static_cast<char>(v)); }

@@ -27,6 +27,8 @@ struct Codes128 {
   static F all(float v) { return _mm_set1_ps(v); }
   static I all8(int v) { return _mm_set1_epi8(static_cast<char>(v)); }
   static I all16(int v) { return _mm_set1_epi16(static_cast<int16_t>(v)); }
+  static I subtract(I a, I b) { return _mm_sub_epi32(a, b); }
+  static F add(F a, F b) { return _mm_add_ps(a, b); }
   static F times(F a, F b) { return _mm_mul_ps(a, b); }
   static F least(F a, F b) { return _mm_min_ps(a, b); }
   static F most(F a, F b) { return _mm_max_ps(a, b); }
@@ -80,6 +82,8 @@ struct Codes256 {
     std::memcpy(&v, p, 4);
     return _mm256_set1_epi32(v);
   }
+  static I bytes(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+  static I bytes_part(const uint8_t* p, int64_t count) { return bytes(Filled<kLanes>(p, count).bytes); }
   static I all(int32_t v) { return _mm256_set1_epi32(v); }
   static F all(float v) { return _mm256_set1_ps(v); }
   static I all8(int v) { return _mm256_set1_epi8(static_cast<char>(v)); }

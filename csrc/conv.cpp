@@ -49,7 +49,14 @@ void set_weight(Conv& c, const Tensor& packed, const Tensor& multiplier, const T
               static_cast<const int32_t*>(vector_of(offset, outputs, ScalarType::Int, "offset")), outputs);
 }
 
-Tensor result_of(Conv& c, const Shape& shape) {
+Tensor result_of(Conv& c, const Shape& shape, std::optional<Tensor> other, double other_multiplier,
+                 int64_t other_zero_point) {
+  if (other) {
+    check_codes(*other, "other");
+    set_other(c.result, shape, Shape(*other), other_multiplier, other_zero_point);
+    other = contiguous_of(*other);
+    c.result.other = bytes_of(*other);
+  }
   Tensor y = new_tensor(shape.vector(), c.result.codes ? ScalarType::Byte : ScalarType::Float);
   c.result.out = y.mutable_data_ptr();
   run(c);
@@ -67,7 +74,8 @@ Tensor pack_uint8(Tensor weight, int64_t groups) {
 
 Tensor conv_uint8(Tensor x, Tensor packed, Numbers weight_shape, Tensor multiplier, Tensor offset, Numbers stride,
                   Numbers padding, Numbers dilation, int64_t groups, int64_t input_zero_point, double low, double high,
-                  std::optional<int64_t> zero_point) {
+                  std::optional<int64_t> zero_point, std::optional<Tensor> other, double other_multiplier,
+                  int64_t other_zero_point) {
   check_codes(x, "x");
   Conv c{};
   c.filter = checked_filter(weight_shape, groups);
@@ -80,11 +88,12 @@ Tensor conv_uint8(Tensor x, Tensor packed, Numbers weight_shape, Tensor multipli
   c.zero_point = static_cast<uint8_t>(code_of(input_zero_point, "input_zero_point"));
   x = contiguous_of(x);
   c.x = bytes_of(x);
-  return result_of(c, shape);
+  return result_of(c, shape, std::move(other), other_multiplier, other_zero_point);
 }
 
 Tensor linear_uint8(Tensor x, Tensor packed, Numbers weight_shape, Tensor multiplier, Tensor offset, double low, double high,
-                    std::optional<int64_t> zero_point) {
+                    std::optional<int64_t> zero_point, std::optional<Tensor> other, double other_multiplier,
+                    int64_t other_zero_point) {
   check_codes(x, "x");
   Conv c{};
   c.filter = checked_filter(weight_shape, 1);
@@ -93,7 +102,7 @@ Tensor linear_uint8(Tensor x, Tensor packed, Numbers weight_shape, Tensor multip
   set_bounds(c.result, low, high, zero_point);
   x = contiguous_of(x);
   c.x = bytes_of(x);
-  return result_of(c, shape);
+  return result_of(c, shape, std::move(other), other_multiplier, other_zero_point);
 }
 
 Tensor quantize_uint8(Tensor x, double scale, int64_t zero_point) {

@@ -56,9 +56,8 @@ __attribute__((always_inline)) inline void add_products(const uint8_t* x, int64_
   }
 }
 
-// Results of `R` pixels from `pixel` on, `count` outputs (at most those of P panels) from `output` on. `Plain`: codes of
-// bounded sums.
-template <bool Plain, int R, int P>
+// Results of `R` pixels from `pixel` on, `count` outputs (at most those of P panels) from `output` on.
+template <Put Kind, int R, int P>
 __attribute__((always_inline)) inline void put_results(Codes::I (&sums)[R][P], const Rescaler<Codes>& rescaler,
                                                        const Rescale& to, const Codes::F (&multiplier)[P], int64_t outputs,
                                                        int64_t pixel, int64_t output, int64_t count) {
@@ -77,15 +76,19 @@ __attribute__((always_inline)) inline void put_results(Codes::I (&sums)[R][P], c
       const int64_t place = (pixel + row) * outputs + output + p * Codes::kLanes;
       const int64_t left = count - p * Codes::kLanes;
       const Codes::F t = rescaler.scaled(sums[row][p], multiplier[p]);
-      if (Plain || to.codes) {
-        rounded[i] = rescaler.template rounded<Plain>(t);
+      if (Kind == Put::other) {
+        const uint8_t* from = to.other + place;
+        const Codes::I other = left >= Codes::kLanes ? Codes::bytes(from) : Codes::bytes_part(from, left);
+        rounded[i] = rescaler.rounded(rescaler.with_other(t, other));
+      } else if (Kind == Put::plain || to.codes) {
+        rounded[i] = rescaler.template rounded<Kind == Put::plain>(t);
       } else if (left >= Codes::kLanes) {
         Codes::store(static_cast<float*>(to.out) + place, rescaler.clamped(t));
       } else {
         Codes::store_part(static_cast<float*>(to.out) + place, rescaler.clamped(t), left * 4);
       }
     }
-    if (!Plain && !to.codes) continue;
+    if (Kind == Put::any && !to.codes) continue;
     const Codes::I codes = Codes::ordered(rescaler.codes(rounded));
     uint8_t* out = static_cast<uint8_t*>(to.out) + (pixel + r) * outputs + output;
 #pragma GCC unroll 4
@@ -121,10 +124,12 @@ void multiply_tile(const Product& a, const Rescaler<Codes>& rescaler, int64_t pi
   }
   add_products<Dot>(a.x + (pixel - a.first) * a.row_bytes, a.row_bytes, a.steps, a.panels + panel * a.panel_bytes,
                     a.panel_bytes, sums);
-  if (a.to->codes && a.to->bounded) {
-    put_results<true>(sums, rescaler, *a.to, multiplier, a.outputs, pixel, output, count);
+  if (a.to->other) {
+    put_results<Put::other>(sums, rescaler, *a.to, multiplier, a.outputs, pixel, output, count);
+  } else if (a.to->codes && a.to->bounded) {
+    put_results<Put::plain>(sums, rescaler, *a.to, multiplier, a.outputs, pixel, output, count);
   } else {
-    put_results<false>(sums, rescaler, *a.to, multiplier, a.outputs, pixel, output, count);
+    put_results<Put::any>(sums, rescaler, *a.to, multiplier, a.outputs, pixel, output, count);
   }
 }
 

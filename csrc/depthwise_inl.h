@@ -182,11 +182,12 @@ template <class V, class Dot> class Depthwise {
     }
   }
   template <int R, int... T> void tile_of(int64_t columns, std::integer_sequence<int, T...>, int64_t pixel, int64_t x) {
-    (void)((columns == T + 1 && (tile<R, T + 1>(pixel, x), true)) || ...);
+    const bool other = c_.result.other;
+    (void)((columns == T + 1 && (other ? tile<true, R, T + 1>(pixel, x) : tile<false, R, T + 1>(pixel, x), true)) || ...);
   }
 
-  // Not inlined, for the sake of registers.
-  template <int R, int T> __attribute__((noinline)) void tile(int64_t pixel, int64_t x) {
+  // Not inlined, for the sake of registers, for which `Other` is apart too.
+  template <bool Other, int R, int T> __attribute__((noinline)) void tile(int64_t pixel, int64_t x) {
     I sums[R][T][4];
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
@@ -218,37 +219,46 @@ template <class V, class Dot> class Depthwise {
         }
       }
     }
-    const bool plain = c_.result.codes && c_.result.bounded && valid_ == kBytes;
-    plain ? put_tile<true>(sums, pixel) : put_tile<false>(sums, pixel);
+    if constexpr (Other) {
+      put_tile<Put::other>(sums, pixel);
+    } else {
+      const bool plain = c_.result.codes && c_.result.bounded && valid_ == kBytes;
+      plain ? put_tile<Put::plain>(sums, pixel) : put_tile<Put::any>(sums, pixel);
+    }
   }
 
-  template <bool Plain, int R, int T>
+  template <Put Kind, int R, int T>
   __attribute__((always_inline)) void put_tile(const I (&sums)[R][T][4], int64_t pixel) {
     const Rescaler<V> rescaler = rescaler_;
 #pragma GCC unroll 2
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) put<Plain>(sums[r][t], rescaler, pixel + r * c_.out_width + t);
+      for (int t = 0; t < T; ++t) put<Kind>(sums[r][t], rescaler, pixel + r * c_.out_width + t);
   }
 
-  // `Plain`: codes of a whole block and of bounded sums.
-  template <bool Plain>
+  // Put::plain: of a whole block.
+  template <Put Kind>
   __attribute__((always_inline)) void put(const I (&sums)[4], const Rescaler<V>& rescaler, int64_t pixel) {
     const Rescale& to = c_.result;
     const int64_t place = pixel * c_.filter.outputs + first_;
     typename V::F t[4];
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) t[q] = rescaler.scaled(sums[q], V::floats(multiplier_ + q * V::kLanes));
-    if (!Plain && !to.codes) {
+    if (Kind == Put::other) {
+      I other[4];
+      V::widen(valid_ == kBytes ? V::load(to.other + place) : V::load_part(to.other + place, valid_), other);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) t[q] = rescaler.with_other(t[q], other[q]);
+    } else if (Kind == Put::any && !to.codes) {
       put_floats(t, static_cast<float*>(to.out) + place);
       return;
     }
     I rounded[4];
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) rounded[q] = rescaler.template rounded<Plain>(t[q]);
+    for (int q = 0; q < 4; ++q) rounded[q] = rescaler.template rounded<Kind == Put::plain>(t[q]);
     const I codes = rescaler.codes(rounded);
     uint8_t* out = static_cast<uint8_t*>(to.out) + place;
-    Plain || valid_ == kBytes ? V::store(out, codes) : V::store_part(out, codes, valid_);
+    Kind == Put::plain || valid_ == kBytes ? V::store(out, codes) : V::store_part(out, codes, valid_);
   }
 
   void put_floats(const typename V::F (&t)[4], float* out) {

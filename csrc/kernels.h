@@ -78,7 +78,8 @@ struct PackHeader {
 constexpr uint32_t kPackMagic = 0x38627766;
 
 // What becomes of int32 sums [pixels, outputs]: t = (sum + offset) * multiplier; the result is clamp(round(t) + zero_point,
-// low, high) as uint8, or clamp(t, low, high) as float32.
+// low, high) as uint8, or clamp(t, low, high) as float32. With codes `other` of the result's shape, t is that and
+// (other - other_zero_point) * other_multiplier; such results are codes.
 struct Rescale {
   const float* multiplier; // [outputs], as is offset
   const int32_t* offset;
@@ -87,6 +88,9 @@ struct Rescale {
   bool bounded; // whether every sum times its multiplier is within int32
   int32_t zero_point;
   void* out;
+  const uint8_t* other = nullptr; // of convolutions alone; apart from `out`
+  float other_multiplier = 0;
+  int32_t other_zero_point = 0;
 };
 
 // A convolution of uint8 codes [batch, height, width, channels of all groups]; pairs are of the height and the width.

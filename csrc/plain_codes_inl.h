@@ -26,7 +26,7 @@ struct PlainCodes {
     std::memcpy(bytes, &v, 16);
     return bytes[i];
   }
-  template <class O> static I bytes(O value) {
+  template <class O> static I from_bytes(O value) {
     const B b = each<B>(value);
     return load(&b);
   }
@@ -59,6 +59,8 @@ struct PlainCodes {
     std::memcpy(&v, p, 4);
     return all(v);
   }
+  static I bytes(const uint8_t* p) { return each<I>([=](int i) { return p[i]; }); } // kLanes of them
+  static I bytes_part(const uint8_t* p, int64_t count) { return bytes(Filled<kLanes>(p, count).bytes); }
   static I all(int32_t v) { return I{v, v, v, v}; }
   static F all(float v) { return F{v, v, v, v}; }
   static I all8(int v) { return all(static_cast<int32_t>(0x01010101u * static_cast<uint32_t>(v))); }
@@ -78,17 +80,17 @@ struct PlainCodes {
     for (int q = 0; q < 4; ++q) out[q] = each<I>([=](int i) { return byte(v, 4 * q + i); });
   }
   static void interleave(const I (&rows)[4], I (&out)[4]) {
-    for (int q = 0; q < 4; ++q) out[q] = bytes([&](int i) { return byte(rows[i % 4], 4 * q + i / 4); });
+    for (int q = 0; q < 4; ++q) out[q] = from_bytes([&](int i) { return byte(rows[i % 4], 4 * q + i / 4); });
   }
   static I narrow(const I (&t)[4], I zero_point) {
     const int32_t z = zero_point[0] & 0xffff;
-    return bytes([&](int i) { return static_cast<uint8_t>(within(within(t[i / 4][i % 4], -32768, 32767) + z, 0, 255)); });
+    return from_bytes([&](int i) { return static_cast<uint8_t>(within(within(t[i / 4][i % 4], -32768, 32767) + z, 0, 255)); });
   }
   static I least_bytes(I a, I b) {
-    return bytes([&](int i) { return byte(a, i) < byte(b, i) ? byte(a, i) : byte(b, i); });
+    return from_bytes([&](int i) { return byte(a, i) < byte(b, i) ? byte(a, i) : byte(b, i); });
   }
   static I most_bytes(I a, I b) {
-    return bytes([&](int i) { return byte(a, i) > byte(b, i) ? byte(a, i) : byte(b, i); });
+    return from_bytes([&](int i) { return byte(a, i) > byte(b, i) ? byte(a, i) : byte(b, i); });
   }
   static I ordered(I v) { return v; }
   template <int Bytes> static void put(uint8_t* p, I v, int place, int64_t count) {

@@ -145,8 +145,8 @@ class Run {
   }
 
   // Codes that an earlier step made.
-  const Value& value() {
-    const int64_t index = program_.word();
+  const Value& value() { return value(program_.word()); }
+  const Value& value(int64_t index) {
     STD_TORCH_CHECK(index >= 0 && index < step_ && (!running_ || values_[index].data || !values_[index].shape.count()),
                     "fewbit: step ", step_, " of the program cannot read value ", index, ".");
     return values_[index];
@@ -235,6 +235,9 @@ class Run {
     c.result.offset = reinterpret_cast<const int32_t*>(program_.constant(outputs * 4));
     c.result.bounded = program_.word() != 0;
     set_bounds(c.result);
+    const int64_t other = program_.word(); // -1: none
+    const double other_multiplier = program_.number();
+    const int64_t other_zero_point = program_.word();
     if (!linear) {
       program_.pair(c.stride);
       program_.pair(c.padding);
@@ -243,6 +246,10 @@ class Run {
     }
     check_packed(c.filter, c.packed, bytes);
     const Shape y = linear ? set_rows(c, x.shape) : set_image(c, x.shape);
+    if (other != -1) {
+      set_other(c.result, y, value(other).shape, other_multiplier, other_zero_point);
+      c.result.other = value(other).data;
+    }
     c.x = x.data;
     c.result.out = result(y, c.result.codes);
     if (running_) run(c);

@@ -30,9 +30,9 @@ std::vector<float> outputs(const Kernels& k, const Weight& w, int64_t input_grou
   return y;
 }
 
-// A convolution of 3 x 5 codes, all 255: sums as float32, then codes.
+// A convolution of 3 x 5 codes, all 255: sums as float32, then codes, then codes of sums with those.
 std::vector<float> outputs(const Kernels& k, const Filter& f, const std::vector<int8_t>& weight) {
-  std::vector<uint8_t> packed(f.packed_bytes()), x(15 * f.channels * f.groups, 255), codes(15 * f.outputs);
+  std::vector<uint8_t> packed(f.packed_bytes()), x(15 * f.channels * f.groups, 255), codes(15 * f.outputs), added(codes);
   std::vector<float> multiplier(f.outputs, 1.0f), y(codes.size());
   const std::vector<int32_t> offset(f.outputs, -7);
   k.pack_filter(f, weight.data(), packed.data());
@@ -42,7 +42,10 @@ std::vector<float> outputs(const Kernels& k, const Filter& f, const std::vector<
   multiplier.assign(f.outputs, 1 / 4096.0f);
   c.result = {multiplier.data(), offset.data(), 3, 250, true, true, 100, codes.data()};
   k.conv(c, 1, 0, k.conv_tasks(c, 1));
+  c.result = {multiplier.data(), offset.data(), 3, 250, true, true, 100, added.data(), codes.data(), -0.7f, 120};
+  k.conv(c, 1, 0, k.conv_tasks(c, 1));
   y.insert(y.end(), codes.begin(), codes.end());
+  y.insert(y.end(), added.begin(), added.end());
   return y;
 }
 

@@ -115,6 +115,14 @@ void set_vectors(Rescale& r, const float* multiplier, const int32_t* offset, int
   for (int64_t i = 0; i < outputs; ++i) r.bounded &= std::fabs(multiplier[i]) <= 0.25f;
 }
 
+void set_other(Rescale& r, const Shape& result, const Shape& shape, double multiplier, int64_t zero_point) {
+  STD_TORCH_CHECK(r.codes, "fewbit: where other codes are added the result must be codes too: zero_point is missing.");
+  STD_TORCH_CHECK(shape == result, "fewbit: other must be of the result's shape ", listed(result), ", found ",
+                  listed(shape), ".");
+  r.other_multiplier = static_cast<float>(multiplier);
+  r.other_zero_point = code_of(zero_point, "other_zero_point");
+}
+
 Shape set_image(Conv& c, const Shape& x) {
   check_image(x);
   const Filter& f = c.filter;

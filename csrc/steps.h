@@ -44,6 +44,8 @@ void check_packed(const Filter&, const uint8_t* packed, int64_t bytes); // `pack
 // The clamp and, for codes, their zero point.
 void set_bounds(Rescale&, double low, double high, const std::optional<int64_t>& zero_point);
 void set_vectors(Rescale&, const float* multiplier, const int32_t* offset, int64_t outputs); // bounded too
+// Codes of `shape` that are added to a result of shape `result`: all but where they are; after set_bounds.
+void set_other(Rescale&, const Shape& result, const Shape& shape, double multiplier, int64_t zero_point);
 
 // What depends on the shape of the input, for which the rest must be set; returns that of the result.
 Shape set_image(Conv&, const Shape& x);

@@ -146,3 +146,70 @@ def vectors() -> list[Tensor]:
     """Four batches for ``mlp``."""
     generator = torch.Generator().manual_seed(12)
     return [torch.randn(8, 256, generator=generator) for _ in range(4)]
+
+
+def language_model(name: str = "llama", dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:
+    """A tiny random decoder of transformers in eval mode; ``settings`` of its configuration."""
+    import transformers
+
+    common = {
+        "vocab_size": 192,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    sizes: dict[str, Any] = {
+        "llama": {},
+        "qwen2": {},
+        "qwen3": {"head_dim": 16},
+        "mistral": {},
+        "gemma": {"head_dim": 16},
+        "phi": {},
+        "phi3": {},
+        "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 64},
+        "mixtral": {"num_local_experts": 4},
+    }
+    own = {**({} if name == "gpt2" else common), **sizes[name], "vocab_size": 192, "pad_token_id": 0, **settings}
+    config = transformers.AutoConfig.for_model(name, **own)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Callable[..., Any]:
+    """``language_model``."""
+    return language_model
+
+
+@pytest.fixture(scope="session")
+def decoder_batch() -> dict[str, Tensor]:
+    """Two texts for ``decoder``, the second one shorter and padded on its left."""
+    tokens = torch.randint(3, 192, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    return {"input_ids": tokens, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[[Path], None]:
+    """Writes a byte-level BPE tokenizer of ASCII to a folder: 480 tokens, each of which is a text of its own."""
+
+    def write(folder: Path) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        letters = [*map(chr, range(33, 127)), "Ġ", "Ċ"]
+        trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=["<s>", "</s>"], initial_alphabet=letters)
+        text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().encode("ascii", "ignore").decode()
+        tokenizer.train_from_iterator([text], trainer)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+    return write

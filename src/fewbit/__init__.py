@@ -10,7 +10,8 @@ answer = fewbit.autoquantize(model, calibration=batches, evaluate=evaluate, budg
 
 from __future__ import annotations
 
-from fewbit.deploy import export, lower
+from fewbit.deploy import export, export_folder, lower
+from fewbit.distillation import Training, finetune
 from fewbit.errors import (
     CalibrationError,
     CheckpointError,
@@ -24,8 +25,10 @@ from fewbit.pipeline import plan_of, quantize
 from fewbit.plan import Plan, Recipe, Rule, load_recipe, make_plan, presets
 from fewbit.search import Answer, Trial, autoquantize
 from fewbit.spec import PER_TENSOR, PER_TOKEN, Granularity, QuantSpec, Scheme, per_channel, per_group
+from fewbit.streaming import quantize_folder
 from fewbit.targets import Lowered, load, save
 from fewbit.task import Task, load_task
+from fewbit.training import convert, prepare_qat
 from fewbit.verify import Budget, Comparison, Verdict, compare
 
 __version__ = "0.1.0"
@@ -50,12 +53,16 @@ __all__ = [
     "Rule",
     "Scheme",
     "Task",
+    "Training",
     "Trial",
     "UnsupportedError",
     "Verdict",
     "autoquantize",
     "compare",
+    "convert",
     "export",
+    "export_folder",
+    "finetune",
     "load",
     "load_recipe",
     "load_task",
@@ -64,8 +71,10 @@ __all__ = [
     "per_channel",
     "per_group",
     "plan_of",
+    "prepare_qat",
     "presets",
     "probe",
     "quantize",
+    "quantize_folder",
     "save",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,13 @@ def run(model: nn.Module, call: Call, where: str) -> Any:
         raise CalibrationError(
             f"{where}: {type(model).__name__} raised {type(error).__name__} on {call.describe()}: {first}{hint}"
         ) from error
+
+
+def peek(batches: Iterable[Call]) -> tuple[Call, Iterable[Call]]:
+    """The first of the batches, and all of them; there must be one."""
+    stream = iter(batches)
+    first = next(stream)
+    return first, itertools.chain([first], stream)
 
 
 def chunks(batches: Iterable[Call], size: int, most: int) -> Iterator[Call]:

@@ -13,10 +13,11 @@ from rich.table import Table
 
 import fewbit
 from fewbit.errors import EvaluationError, FewbitError
+from fewbit.generation import complete
 from fewbit.ops import native
 from fewbit.report import make_folder, write_report, write_text
 from fewbit.search.answer import FLOAT
-from fewbit.targets import saved_bytes
+from fewbit.targets import read_checkpoint, saved_bytes
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=fewbit.__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -53,13 +54,28 @@ def quantize(
     recipe: Annotated[str, typer.Option(help=f"one of {', '.join(fewbit.presets())}, or a .toml file")],
     out: Annotated[Path, typer.Option(help="folder for the quantized model")],
     exclude: Exclude = None,
+    max_ram: Annotated[str | None, typer.Option(help='for a folder: the most memory to take, like "6GB"')] = None,
 ) -> None:
-    """Quantize a model and save it."""
-    task = fewbit.load_task(source)
-    quantized = fewbit.quantize(task.model, recipe, task.calibration, exclude or ())
-    folder = fewbit.save(quantized, out)
-    console.print(fewbit.plan_of(quantized).summary())
+    """Quantize a model and save it; a Hugging Face folder piece by piece, in little memory."""
+    if source.is_dir():
+        folder = fewbit.quantize_folder(source, out, recipe, exclude or (), max_ram)
+        plan = read_checkpoint(folder).plan
+    else:
+        task = fewbit.load_task(source)
+        quantized = fewbit.quantize(task.model, recipe, task.calibration, exclude or ())
+        folder, plan = fewbit.save(quantized, out), fewbit.plan_of(quantized)
+    console.print(plan.summary())
     console.print(f"saved to {folder}: {saved_bytes(folder) / 1e6:.2f} MB")
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="a language model that `fewbit quantize` wrote")],
+    prompt: Annotated[str, typer.Argument(help="the text to go on with")],
+    tokens: Annotated[int, typer.Option(help="how many tokens to add")] = 64,
+) -> None:
+    """Continue a text, greedily, with a quantized language model."""
+    console.print(complete(folder, prompt, tokens), markup=False)
 
 
 @app.command()
@@ -118,12 +134,24 @@ def compare(
 @app.command()
 def export(
     source: Source,
-    checkpoint: Annotated[Path, typer.Argument(help="folder of a model that fewbit saved from this task")],
-    out: Annotated[Path, typer.Option(help="the .onnx file to write; a .json file beside it says what it is")],
+    out: Annotated[
+        Path, typer.Option(help="the .onnx file (a .json file beside it says what it is), or what FORMAT is")
+    ],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="folder of a model that fewbit saved from this task")
+    ] = None,
     target: Annotated[str, typer.Option(help="onnxruntime or openvino")] = "onnxruntime",
+    format: Annotated[str | None, typer.Option(help="of a language model: compressed-tensors or gguf")] = None,
     notes: Annotated[str, typer.Option(help="how inputs are to be prepared, say")] = "",
 ) -> None:
-    """Write a saved static int8 model for another engine, and check that it computes the same there."""
+    """Write a saved static int8 model for another engine, checked there; or, with FORMAT, the folder of a language model."""
+    if format is not None:
+        console.print(f"wrote {fewbit.export_folder(source, out, format)}")
+        return
+    if checkpoint is None:
+        raise FewbitError(
+            f"{source}: export needs the folder of the saved model too, or --format for a language model."
+        )
     task = fewbit.load_task(source)
     if task.example_inputs is None:
         raise FewbitError(f"{source}: export needs a task with example_inputs.")

@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from fewbit.batches import Call, to_call
 from fewbit.errors import FewbitError, UnsupportedError, unknown
 from fewbit.lowering import explicit_graph
 from fewbit.pipeline import plan_of
 from fewbit.report import write_text
-from fewbit.targets import TARGETS, Lowered
+from fewbit.targets import FOLDER_FORMATS, TARGETS, Lowered
 from fewbit.targets.onnx import onnx_model, write_onnx
-from fewbit.targets.target import lowered, refuse_device, relative_difference
+from fewbit.targets.target import Target, lowered, refuse_device, relative_difference
 
 # Beyond this the engine does not compute what the codes say. Rounding in another order stays below a quarter of it.
 LARGEST_DIFFERENCE = 0.15
@@ -35,10 +36,10 @@ def lower(model: nn.Module, example_inputs: Any, target: str = "torch") -> Lower
     engine = TARGETS[check_target(target)]
     call = to_call(model, example_inputs, "example_inputs")
     refuse_device(call)
-    module, any_batch = explicit_graph(model, call)
+    module, any_batch = _graph_for(target, model, call)
     made = lowered(engine, module, call, any_batch)
     if target != "torch":
-        made.difference = _difference(made, model, call)
+        made.difference = _difference(made, model, call, engine)
     return made
 
 
@@ -65,15 +66,29 @@ def export(
         )
     call = to_call(model, example_inputs, "example_inputs")
     refuse_device(call)
-    made = lowered(engine, explicit_graph(model, call)[0], call, True)
-    made.difference = _difference(made, model, call)
-    proto = onnx_model(explicit_graph(model, call)[0], call)
+    made = lowered(engine, _graph_for(target, model, call)[0], call, True)
+    made.difference = _difference(made, model, call, engine)
+    proto = onnx_model(_graph_for(target, model, call)[0], call)
     try:
         write_onnx(proto, path)
         write_text(path.with_suffix(".json"), json.dumps(_card(proto, model, made, notes), indent=1))
     except OSError as error:
         raise FewbitError(f"{path}: cannot be written: {error}. Give a place that you may write to.") from error
     return path
+
+
+def export_folder(folder: str | Path, out: str | Path, format: str) -> Path:
+    """Write the quantized language model in ``folder`` in another format; returns ``out``.
+
+    "compressed-tensors" (``out`` is a folder), which vLLM and transformers load; "gguf" (a file), for llama.cpp. Both need
+    transformers, the second one the package gguf.
+
+    Raises UnsupportedError for a format that does not exist or cannot hold the model, or a package that is missing;
+    CheckpointError if ``folder`` cannot be read or ``out`` cannot be written.
+    """
+    if format not in FOLDER_FORMATS:
+        raise UnsupportedError(unknown("format", format, FOLDER_FORMATS))
+    return FOLDER_FORMATS[format](Path(folder), Path(out))
 
 
 def installed() -> list[str]:
@@ -91,10 +106,20 @@ def check_target(name: str) -> str:
     return name
 
 
-def _difference(made: Lowered, model: nn.Module, call: Call) -> float:
-    """From fewbit's own kernels; UnsupportedError if it is too large to be rounding."""
-    module, any_batch = explicit_graph(model, call)
-    reference = lowered(TARGETS["torch"], module, call, any_batch)
+def _graph_for(target: str, model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
+    """Others than fewbit fuse only what is quantized on both sides, also where they add before they round, as OpenVINO does."""
+    return explicit_graph(model, call, wide_sums=target == "torch")
+
+
+def integer_reference(model: nn.Module, call: Call, engine: Target) -> Lowered:
+    """What ``engine`` is to compute, computed by fewbit's own kernels: they round where it does."""
+    module, any_batch = explicit_graph(model, call, engine.wide_sums)
+    return lowered(TARGETS["torch"], module, call, any_batch)
+
+
+def _difference(made: Lowered, model: nn.Module, call: Call, engine: Target) -> float:
+    """From the integer reference; UnsupportedError if it is too large to be rounding."""
+    reference = integer_reference(model, call, engine)
     with torch.no_grad():
         difference = relative_difference(call.run(made), call.run(reference))
     if not difference <= LARGEST_DIFFERENCE:

@@ -18,9 +18,9 @@ from fewbit.pipeline import plan_of, sites_of
 from fewbit.spec import PER_TENSOR, per_channel
 
 
-def explicit_graph(model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
+def explicit_graph(model: nn.Module, call: Call, wide_sums: bool = True) -> tuple[GraphModule, bool]:
     """A quantized model's graph on these inputs in the explicit form of ``graph.explicit``, and whether it is one for any
-    batch size.
+    batch size. ``wide_sums``: see there.
 
     UnsupportedError if the model does not export or has no layer with a static 8-bit input.
     """
@@ -28,8 +28,8 @@ def explicit_graph(model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
     layers = {name: layer for name, layer in sites_of(model) if is_integer(layer)}
     if not layers:
         raise UnsupportedError(
-            f"recipe {plan.recipe.name!r} left no layer with int8 weights and a static uint8 input, which engines compute "
-            "in integers: quantize with 'int8-static'."
+            f"recipe {plan.recipe.name!r} left no layer with int8 or int4 weights and a static uint8 input, which engines "
+            "compute in integers: quantize with 'int8-static'."
         )
     dtypes = {layer.dtype for layer in layers.values()} - {torch.float32}
     if dtypes:
@@ -41,7 +41,7 @@ def explicit_graph(model: nn.Module, call: Call) -> tuple[GraphModule, bool]:
         raise UnsupportedError(f"this {type(model).__name__} cannot be lowered: {graph}")
     if not graph.layers:
         raise UnsupportedError(f"engines take batches of images and vectors, found {call.describe()}.")
-    module = explicit(graph, {name: _integer_layer(layer) for name, layer in layers.items()}, plan.results)
+    module = explicit(graph, {name: _integer_layer(layer) for name, layer in layers.items()}, plan.results, wide_sums)
     return module, graph.any_batch
 
 
@@ -51,7 +51,10 @@ def is_integer(layer: QuantizedLayer) -> bool:
     spec = scheme.input
     if spec is None or spec.format != "uint8" or not spec.is_static or spec.granularity != PER_TENSOR:
         return False
-    if scheme.weight.format != "int8" or scheme.weight.granularity != per_channel(0) or scheme.weight.scale is not None:
+    weight = scheme.weight
+    if weight.format not in ("int8", "int4") or not weight.symmetric:  # 4-bit codes are 8-bit codes too
+        return False
+    if weight.granularity != per_channel(0) or weight.scale is not None:
         return False
     if isinstance(layer, Conv):
         return layer.geometry.dims == 2 and not layer.geometry.transposed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fewbit.correction import EXAMPLES, correct
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
 from fewbit.graph import Graph, Topology, read_graph, read_topology
 from fewbit.methods import METHODS
-from fewbit.nn import QuantizedLayer, float_class, input_placeholder, layer_class
+from fewbit.nn import QuantizedLayer, Student, float_class, input_placeholder, layer_class
 from fewbit.observers import SecondMoment
 from fewbit.plan import Plan, Recipe, load_recipe, make_plan
 from fewbit.progress import progress
@@ -45,13 +45,46 @@ def quantize(
 
     Raises PlanError (recipe or weights), CalibrationError (data), UnsupportedError (a model that cannot be copied).
     """
+    made = decide(model, recipe, calibration, exclude)
+    layers = {
+        name: layer_class(module := made.twin.get_submodule(name))(
+            module, site.scheme, made.weights[name], made.grids[name]
+        )
+        for name, site in made.plan.sites.items()
+    }
+    return finished(swap(made.twin, layers), model, made.plan, made.biases)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is decided of a model before its layers are replaced.
+
+    ``twin``: the float twin of the plan, which shares parameters with the model. ``rounded``: the weights as the methods
+    chose them; ``weights``: the same after correction, ``biases`` what correction made of biases. ``shared``: sites that read
+    one value. ``examples``: the calibration batches once more, those of an iterator as far as they were kept.
+    """
+
+    twin: nn.Module
+    plan: Plan
+    rounded: Weights
+    weights: Weights
+    grids: Mapping[str, Grid | None]
+    biases: Mapping[str, Tensor]
+    shared: tuple[tuple[str, ...], ...]
+    examples: Callable[[], Iterable[Call]]
+
+
+def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, exclude: Iterable[str]) -> Decision:
+    """Everything that ``quantize`` decides; its arguments and errors."""
     recipe = load_recipe(recipe, exclude)
     if next(sites_of(model), None) is not None:
         raise PlanError(f"this {type(model).__name__} is quantized already: quantize the float model it came from.")
+    if _is_student(model):
+        raise PlanError(f"this {type(model).__name__} is a student: fewbit.convert makes the quantized model of it.")
     if recipe.needs_calibration and calibration is None:
         raise CalibrationError(f"recipe {recipe.name!r} fixes input ranges: it needs calibration batches.")
     batches = None if calibration is None else calls(model, calibration)
-    twin = _twin(model)
+    twin = twin_of(model)
     first = next(batches) if batches is not None else None
     twin, places, unread = _find_transforms(twin, recipe, first)
     plan = make_plan(twin, recipe)
@@ -60,26 +93,23 @@ def quantize(
     graph: Graph | None = None
     again: list[Call] = []  # what an iterator gives only once
     walk = Walk({}, {}) if calibration is None else find_walk(twin, plan.sites)
-    observed = replace(plan, sites={name: site for name, site in plan.sites.items() if name not in walk.names})
+    observed = _beside(plan, walk)
     stream = iter(()) if batches is None or first is None else itertools.chain([first], batches)
     if isinstance(calibration, Iterator):
         again = list(itertools.islice(stream, None if walk.names else EXAMPLES))
         stream = itertools.chain(again, stream)
     if first is not None and any(observers_of(site, twin.get_submodule(name)) for name, site in observed.sites.items()):
         # On a twin of its own: modules may count their calls or keep what they saw.
-        graph, unread = _find_graph(_twin(twin), plan, first)
-        statistics = calibrate(_twin(twin), observed, stream, graph)
-        plan = _without_unreached(plan, statistics, twin)
-        plan = replace(plan, skipped={**plan.skipped, **unread}, results=_results(plan, statistics, graph))
+        graph, unread = _find_graph(twin_of(twin), plan, first)
+        statistics = calibrate(twin_of(twin), observed, stream, graph)
+        plan = _with_ends(_without_unreached(plan, statistics, twin), statistics)
+        plan = replace(plan, skipped={**plan.skipped, **unread}, results=result_grids(plan, statistics, graph))
 
     def examples() -> Iterable[Call]:
         return again or calls(model, calibration)
 
-    known = quantize_outside(_twin(twin), walk, examples()) if walk.outside else {}
-    rounded = _quantized_weights(twin, observed, statistics, known)
-    if walk.blocks:
-        rounded.update(quantize_blocks(_twin(twin), walk, rounded, examples()))
-    shared = () if graph is None else graph.inputs().values()
+    rounded = _walked_weights(twin, plan, statistics, walk, examples)
+    shared = [] if graph is None else list(graph.inputs().values())
     grids = input_grids(twin, plan, statistics, shared, examples() if statistics else ())
     weights, biases = _corrected(twin, plan, rounded, grids, examples())
     if recipe.sensitive is not None and statistics:
@@ -89,10 +119,15 @@ def quantize(
         if sensitive:
             plan = _without(plan, sensitive, twin)
             weights, biases = _corrected(twin, plan, rounded, {name: grids[name] for name in plan.sites}, examples())
-    twin = _swap(twin, plan, weights, grids)
+    readers = tuple(tuple(names) for names in shared)
+    return Decision(twin, plan, rounded, weights, grids, biases, readers, examples)
+
+
+def finished(twin: nn.Module, model: nn.Module, plan: Plan, biases: Mapping[str, Tensor]) -> nn.Module:
+    """The quantized ``twin`` with these biases, its plan, and nothing that it shares with ``model``."""
     for name, bias in biases.items():
         twin.get_submodule(name)._parameters["bias"] = nn.Parameter(bias)
-    _unshare(twin, model)
+    unshare(twin, model)
     setattr(twin, PLAN, plan)
     return twin
 
@@ -101,8 +136,13 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan that a quantized model was made by; PlanError for a model that fewbit did not quantize."""
     plan = getattr(model, PLAN, None)
     if not isinstance(plan, Plan):
-        raise PlanError(f"this {type(model).__name__} was not quantized by fewbit: it has no plan.")
+        hint = " It is a student: fewbit.convert makes the quantized model of it." if _is_student(model) else ""
+        raise PlanError(f"this {type(model).__name__} was not quantized by fewbit: it has no plan.{hint}")
     return plan
+
+
+def _is_student(model: nn.Module) -> bool:
+    return any(isinstance(module, Student) for module in model.modules())
 
 
 def float_twin(model: nn.Module, plan: Plan) -> nn.Module:
@@ -110,7 +150,7 @@ def float_twin(model: nn.Module, plan: Plan) -> nn.Module:
 
     Shares parameters with ``model``; PlanError if the plan does not fit the model.
     """
-    twin = _twin(model)
+    twin = twin_of(model)
     for name, places in plan.transforms.items():
         if name not in TRANSFORMS:
             raise PlanError(f"plan.transforms: unknown transform {name!r}.")
@@ -136,17 +176,22 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         shapes = {k: tuple(m.shape) for k, m in layer_class(modules[name]).matrices(modules[name]).items()}
         if not site.weights or any(shapes.get(key) != shape for key, shape in site.weights.items()):
             raise PlanError(f"plan.sites.{name}: needs weights {dict(site.weights)}, found {shapes}.")
-    weights = {
-        name: {key: empty(shape, site.scheme.weight) for key, shape in site.weights.items()}
-        for name, site in plan.sites.items()
-    }
-    grids = {name: input_placeholder(site.scheme.input) for name, site in plan.sites.items()}
-    twin = _swap(twin, plan, weights, grids)
+    layers = {}
+    tied: dict[object, QTensor] = {}  # a tied weight is one here too
+    for name, site in plan.sites.items():
+        weights: dict[str, QTensor] = {}
+        for key, shape in site.weights.items():
+            parameter = modules[name]._parameters.get(key)  # None for a parametrized weight
+            owner = (name, key) if parameter is None else parameter
+            weights[key] = tied.setdefault(owner, empty(shape, site.scheme.weight))
+        grid = input_placeholder(site.scheme.input)
+        layers[name] = layer_class(modules[name])(modules[name], site.scheme, weights, grid)
+    twin = swap(twin, layers)
     setattr(twin, PLAN, plan)
     return twin
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def twin_of(model: nn.Module) -> nn.Module:
     """A copy of the model in eval mode that shares its parameters, so that the weights are not in memory twice."""
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         raise UnsupportedError(f"{type(model).__name__} has lazy layers without weights: run it on one batch first.")
@@ -161,7 +206,7 @@ def _twin(model: nn.Module) -> nn.Module:
     return twin.eval()
 
 
-def _unshare(twin: nn.Module, model: nn.Module) -> None:
+def unshare(twin: nn.Module, model: nn.Module) -> None:
     """Give the twin its own copy of each parameter that it still shares with the model. What is tied stays tied."""
     shared = {id(parameter) for parameter in model.parameters()}
     copies: dict[int, nn.Parameter] = {}
@@ -187,7 +232,7 @@ def _find_transforms(
             topology = (
                 "it needs a calibration batch"
                 if first is None
-                else read_topology(_twin(twin), first.args, first.kwargs)
+                else read_topology(twin_of(twin), first.args, first.kwargs)
             )
         if isinstance(topology, str):
             unread[f"transform {name}"] = topology
@@ -212,7 +257,7 @@ def _find_graph(twin: nn.Module, plan: Plan, first: Call) -> tuple[Graph | None,
     return graph, {}
 
 
-def _results(plan: Plan, statistics: Statistics, graph: Graph | None) -> dict[str, tuple[float, int]]:
+def result_grids(plan: Plan, statistics: Statistics, graph: Graph | None) -> dict[str, tuple[float, int]]:
     """The grids of the values that are no layer's input."""
     spec = plan.recipe.results
     grids: dict[str, tuple[float, int]] = {}
@@ -233,12 +278,27 @@ def _without_unreached(plan: Plan, statistics: Statistics, twin: nn.Module) -> P
     return _without(plan, unreached, twin) if unreached else plan
 
 
+def _with_ends(plan: Plan, statistics: Statistics) -> Plan:
+    """The plan with the recipe's scheme for the first and the last layer with a static input. Tied layers keep their own."""
+    scheme = plan.recipe.ends
+    tied = {member.rpartition(".")[0] for tie in plan.ties for member in tie}
+    # Statistics are in the order in which values were first seen.
+    order = [name for name, kept in statistics.items() if "input" in kept and name in plan.sites]
+    if scheme is None or not order:
+        return plan
+    ends = {name: replace(plan.sites[name], scheme=scheme) for name in (order[0], order[-1]) if name not in tied}
+    return replace(plan, sites={**plan.sites, **ends})
+
+
 def _without(plan: Plan, reasons: dict[str, str], twin: nn.Module) -> Plan:
     """The plan with these sites left in float."""
     recipe = plan.recipe
     for name in reasons:
         recipe = recipe.override(name, None)
     again = make_plan(twin, recipe)
+    again = replace(
+        again, sites={name: plan.sites[name] for name in again.sites}
+    )  # their schemes may be decided already
     skipped = {**again.skipped, **plan.skipped, **reasons}
     return replace(again, recipe=plan.recipe, transforms=plan.transforms, skipped=skipped, results=plan.results)
 
@@ -246,14 +306,28 @@ def _without(plan: Plan, reasons: dict[str, str], twin: nn.Module) -> Plan:
 def _corrected(
     twin: nn.Module,
     plan: Plan,
-    weights: Mapping[str, Mapping[str, QTensor]],
+    weights: Weights,
     grids: Mapping[str, Grid | None],
     batches: Iterable[Call],
-) -> tuple[Mapping[str, Mapping[str, QTensor]], dict[str, Tensor]]:
+) -> tuple[Weights, dict[str, Tensor]]:
     """Weights and new biases after the recipe's correction, if it has one and there is something to correct."""
     if plan.recipe.correction is None or all(grid is None for grid in grids.values()):
         return weights, {}
     return correct(twin, plan, weights, grids, batches, plan.recipe.correction)
+
+
+def _beside(plan: Plan, walk: Walk) -> Plan:
+    """The plan with the sites alone that are not walked to."""
+    return replace(plan, sites={name: site for name, site in plan.sites.items() if name not in walk.names})
+
+
+def _walked_weights(
+    twin: nn.Module, plan: Plan, statistics: Statistics, walk: Walk, batches: Callable[[], Iterable[Call]]
+) -> Weights:
+    """All weights: those outside of blocks for the float layer's inputs, those in blocks for what the others make of them."""
+    known = quantize_outside(twin_of(twin), walk, batches()) if walk.outside else {}
+    weights = _quantized_weights(twin, _beside(plan, walk), statistics, known)
+    return weights | quantize_blocks(twin_of(twin), walk, weights, batches()) if walk.blocks else weights
 
 
 def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, known: Weights) -> Weights:
@@ -291,24 +365,14 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, know
     return result
 
 
-def _swap(
-    twin: nn.Module,
-    plan: Plan,
-    weights: Mapping[str, Mapping[str, QTensor]],
-    grids: Mapping[str, Grid | None],
-) -> nn.Module:
-    """Replace the sites by quantized layers, in place; returns the model (the layer, if the model is one layer)."""
-    replacements: dict[nn.Module, nn.Module] = {}
-    for name, site in plan.sites.items():
-        module = twin.get_submodule(name)
-        replacements[module] = layer_class(module)(module, site.scheme, weights[name], grids[name])
-    if twin in replacements:
-        return replacements[twin]
+def swap(twin: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Replace modules by name, in place; returns the model (the layer, if the model is one layer)."""
+    replacements = {twin.get_submodule(name): layer for name, layer in layers.items()}
     for parent in list(twin.modules()):
         for child, layer in parent._modules.items():
             if layer is not None and layer in replacements:
                 parent._modules[child] = replacements[layer]
-    return twin
+    return replacements.get(twin, twin)
 
 
 def sites_of(model: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -14,8 +14,11 @@ PATIENCE = 2.0  # seconds before a bar appears
 _open: list[Progress] = []  # loops inside loops share one display: a terminal shows only one at a time
 
 
-def progress(items: Iterable[T], what: str) -> Iterator[T]:
-    """The items, with a bar named ``what`` on standard error once PATIENCE is over."""
+def progress(items: Iterable[T], what: str, status: Callable[[], str] | None = None) -> Iterator[T]:
+    """The items, with a bar named ``what`` on standard error once PATIENCE is over.
+
+    ``status``: what to write beside the bar instead, asked for at each item.
+    """
     console = Console(stderr=True)
     if not console.is_terminal:
         yield from items
@@ -28,7 +31,8 @@ def progress(items: Iterable[T], what: str) -> Iterator[T]:
         for done, item in enumerate(items):
             if time.monotonic() - start > PATIENCE:
                 display.start()
-                display.update(task, completed=done, visible=True)
+                words = what if status is None else status()
+                display.update(task, completed=done, visible=True, description=words)
             yield item
     finally:
         display.remove_task(task)

@@ -138,6 +138,16 @@ def decode(codes: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | N
     return _unblocked(values, codes.shape, spec.granularity)
 
 
+def within(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """Which elements lie between the ends of their grid, of x's shape."""
+    low, high = spec.number.bound(spec.symmetric)
+    view = _blocks(_working(x), spec.granularity)
+    step = _aligned(scale, spec.granularity).to(torch.float32)
+    offset = 0 if zero_point is None else _aligned(zero_point, spec.granularity).to(torch.float32)
+    inside = (view >= (low - offset) * step) & (view <= (high - offset) * step)
+    return _unblocked(inside, x.shape, spec.granularity)
+
+
 def value_range(x: Tensor, spec: QuantSpec, check: bool = True) -> tuple[Tensor, Tensor]:
     """Smallest and largest value of each block, in the shape of the scale. ``check``: ValueError on NaN or infinity."""
     shape = scale_shape(x.shape, spec.granularity)
@@ -229,6 +239,27 @@ def empty(shape: tuple[int, ...], spec: QuantSpec, device: str | torch.device = 
         scale = empty(blocks, spec.scale, device)
     zero_point = None if spec.symmetric else torch.empty(blocks, dtype=spec.number.dtype, device=device)
     return QTensor(packed, scale, zero_point, spec, shape)
+
+
+def parts(q: QTensor, name: str) -> dict[str, Tensor]:
+    """The tensors of ``q`` under the names that layers and files have for them: NAME_packed, NAME_scale, NAME_zero_point.
+
+    Of two-level scales NAME_scale_packed, NAME_scale_scale and so on.
+    """
+    return {f"{name}_packed": q.packed, **grid_parts(q.scale, q.zero_point, f"{name}_")}
+
+
+def grid_parts(scale: Tensor | QTensor, zero_point: Tensor | None, prefix: str) -> dict[str, Tensor]:
+    """Scale and zero point under such names."""
+    scales = parts(scale, f"{prefix}scale") if isinstance(scale, QTensor) else {f"{prefix}scale": scale}
+    return scales if zero_point is None else {**scales, f"{prefix}zero_point": zero_point}
+
+
+def by_rows(spec: QuantSpec) -> bool:
+    """Whether no scale of a matrix spans two of its rows, so that they can be quantized apart."""
+    kind, axis = spec.granularity.kind, spec.granularity.axis
+    own = kind in ("group", "token") or (kind == "channel" and axis in (0, -2))
+    return own and (spec.scale is None or by_rows(spec.scale))
 
 
 def packed_shape(shape: tuple[int, ...], number: Format) -> tuple[int, ...]:

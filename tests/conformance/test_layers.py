@@ -254,3 +254,62 @@ def test_exported_layer_gives_equal_results(entry: str, scheme: str) -> None:
     _, quantized, inputs = made(entry, scheme)
     exported = torch.export.export(quantized, inputs).module()
     assert_equal(outputs(exported, inputs), outputs(quantized, inputs))
+
+
+def student_of(entry: str, scheme: str) -> tuple[nn.Module, tuple[Tensor, ...], Recipe]:
+    torch.manual_seed(0)
+    layer = EXAMPLES[entry].make().eval()
+    inputs = EXAMPLES[entry].inputs()
+    recipe = Recipe(scheme, (Rule("*", SCHEMES[scheme][0]),))
+    return layer, inputs, recipe
+
+
+@pytest.mark.parametrize(("entry", "scheme"), CASES)
+def test_student_starts_as_the_quantized_layer(entry: str, scheme: str) -> None:
+    layer, inputs, recipe = student_of(entry, scheme)
+    data = [inputs] if recipe.needs_calibration else None
+    student = fewbit.prepare_qat(layer, recipe, data)
+    assert student.training and not layer.training
+    quantized = fewbit.quantize(layer, recipe, data)
+    for found, exact in zip(outputs(student.eval(), inputs), outputs(quantized, inputs), strict=True):
+        torch.testing.assert_close(found, exact, atol=2e-5, rtol=1e-5)
+    assert_equal(list(fewbit.convert(student).state_dict().values()), list(quantized.state_dict().values()))
+
+
+@pytest.mark.parametrize(("entry", "scheme"), CASES)
+def test_trained_student_computes_what_it_becomes(entry: str, scheme: str) -> None:
+    layer, inputs, recipe = student_of(entry, scheme)
+    student = fewbit.prepare_qat(layer, recipe, [inputs] if recipe.needs_calibration else None)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        tensors(student(*inputs))[0].square().sum().backward()
+        assert all(parameter.grad is not None for parameter in student.parameters())
+        optimizer.step()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    quantized = fewbit.convert(student)
+    assert isinstance(quantized, LAYERS[entry])
+    for found, exact in zip(outputs(student.eval(), inputs), outputs(quantized, inputs), strict=True):
+        torch.testing.assert_close(found, exact, atol=5e-5, rtol=1e-5)
+    assert all(torch.equal(student.state_dict()[name], tensor) for name, tensor in before.items())
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in (*student.parameters(), *student.buffers())}
+    ours = {tensor.untyped_storage().data_ptr() for tensor in (*quantized.parameters(), *quantized.buffers())}
+    assert not theirs & ours
+
+
+@pytest.mark.parametrize(("entry", "scheme"), CASES)
+def test_student_can_be_copied_pickled_and_resumed(entry: str, scheme: str) -> None:
+    layer, inputs, recipe = student_of(entry, scheme)
+    student = fewbit.prepare_qat(layer, recipe, [inputs] if recipe.needs_calibration else None)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01)
+    expected = outputs(student.eval(), inputs)
+    resumed = fewbit.prepare_qat(layer, recipe, [inputs] if recipe.needs_calibration else None).eval()
+    resumed.load_state_dict(student.state_dict())
+    for twin in (copy.deepcopy(student), pickle.loads(pickle.dumps(student)), resumed):
+        assert_equal(outputs(twin, inputs), expected)
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+    assert_equal(outputs(student, inputs), expected)

@@ -55,28 +55,34 @@ template <class Random> void check_conv(const Kernels& k, Random& random, int64_
   for (auto& code : weight) code = static_cast<int8_t>(kind == 2 ? (random.one_in(9) ? -128 : 127) : random.of(-most, most));
   std::vector<float> multiplier(f.outputs, 1.0f), y(c.pixels() * f.outputs);
   std::vector<int32_t> offset(f.outputs, 3);
-  std::vector<uint8_t> codes(y.size());
+  std::vector<uint8_t> codes(y.size()), other(y.size()), added(y.size());
+  for (auto& code : other) code = static_cast<uint8_t>(random.of(0, 255));
+  const int32_t other_zero_point = static_cast<int32_t>(random.of(0, 255));
+  const float multipliers[] = {0.37f, -1.9f, 1e30f, -3e8f}, other_multiplier = multipliers[random.of(0, 3)];
   c.x = x.data();
   c.packed = packed.data();
   k.pack_filter(f, weight.data(), packed.data());
   const int64_t threads = random.of(1, 3);
-  const auto run = [&](void* to, bool as_codes) {
+  const auto run = [&](void* to, bool as_codes, const uint8_t* with) {
     c.result = {multiplier.data(), offset.data(), as_codes ? 5.0f : -1e30f, as_codes ? 250.0f : 1e30f, as_codes,
-                as_codes, 100, to};
+                as_codes, 100, to, with, other_multiplier, other_zero_point};
     const int64_t tasks = k.conv_tasks(c, threads), middle = random.of(0, tasks);
     k.conv(c, threads, middle, tasks);
     k.conv(c, threads, 0, middle);
   };
-  run(y.data(), false);
+  run(y.data(), false, nullptr);
   for (auto& value : multiplier) value = 1 / 512.0f;
-  run(codes.data(), true);
+  run(codes.data(), true, nullptr);
+  run(added.data(), true, other.data());
   for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
     const int64_t output = i % f.outputs, pixel = i / f.outputs, row = pixel / c.out_width;
     const int64_t sum = conv_sum(c, weight, row / c.out_height, row % c.out_height, pixel % c.out_width, output) + 3;
-    const double code = std::fmin(std::fmax(std::nearbyint(static_cast<double>(sum) / 512) + 100, 5), 250);
-    if (y[i] == static_cast<float>(sum) && codes[i] == code) continue;
-    std::printf("%s, conv %lld, output %lld: found %.9g and %d, expected %lld and %g\n", k.name, static_cast<long long>(number),
-                static_cast<long long>(i), static_cast<double>(y[i]), codes[i], static_cast<long long>(sum), code);
+    const float t = static_cast<float>(sum) / 512, term = static_cast<float>(other[i] - other_zero_point) * other_multiplier;
+    const auto code_of = [](float v) { return std::fmin(std::fmax(std::nearbyint(static_cast<double>(v)) + 100, 5), 250); };
+    if (y[i] == static_cast<float>(sum) && codes[i] == code_of(t) && added[i] == code_of(t + term)) continue;
+    std::printf("%s, conv %lld, output %lld: found %.9g, %d and %d, expected %lld, %g and %g\n", k.name,
+                static_cast<long long>(number), static_cast<long long>(i), static_cast<double>(y[i]), codes[i], added[i],
+                static_cast<long long>(sum), code_of(t), code_of(t + term));
     std::exit(1);
   }
 }

@@ -26,13 +26,14 @@ from fewbit.graph.explicit import (
     IntegerLayer,
     integer_weights,
 )
+from fewbit.graph.fused import fused
 from fewbit.lowering import explicit_graph
 from fewbit.pipeline import sites_of
 from fewbit.targets.target import relative_difference
 
 
-def graph_of(model: nn.Module, x: Tensor) -> GraphModule:
-    return explicit_graph(model, Call((x,), {}))[0]
+def graph_of(model: nn.Module, x: Tensor, wide_sums: bool = True) -> GraphModule:
+    return explicit_graph(model, Call((x,), {}), wide_sums)[0]
 
 
 def grids(module: GraphModule) -> list[tuple[float, int]]:
@@ -105,7 +106,7 @@ def test_results_are_in_the_plan_and_survive_saving(build: Any, tmp_path: Path) 
     results = fewbit.plan_of(model).results
     assert {*results} == {"c3:conv2d", "relu:relu.2"}
     assert results["relu:relu.2"][1] == 0 and results["c3:conv2d"][1] > 0
-    assert {*results.values()} <= {*grids(graph_of(model, network.data[0]))}
+    assert {*results.values()} <= {*grids(graph_of(model, network.data[0], wide_sums=False))}
     fewbit.save(model, tmp_path)
     written = json.loads((tmp_path / "plan.json").read_text())["results"]
     assert {name: tuple(grid) for name, grid in written.items()} == results
@@ -115,6 +116,47 @@ def test_results_are_in_the_plan_and_survive_saving(build: Any, tmp_path: Path) 
     with torch.no_grad():
         assert torch.equal(fewbit.lower(loaded, x)(x), fewbit.lower(model, x)(x))
         assert torch.equal(graph_of(loaded, x)(x), graph_of(model, x)(x))
+
+
+class Sums(nn.Module):
+    """A convolution added to codes, two that are added to each other, one that others read too, one behind a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.c, self.d, self.e = (
+            nn.Conv2d(3 if i == 0 else 8, 8, 3, 1, 1) for i in range(6)
+        )
+        self.head = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.a(x) + x)
+        x = self.b(x) + self.c(x)
+        y = self.d(x)
+        x = torch.relu(x + y) + y
+        return self.head(x + torch.relu(self.e(x)))  # type: ignore[no-any-return]
+
+
+def test_sums_for_an_addition_alone_are_not_rounded() -> None:
+    torch.manual_seed(0)
+    model, x = Sums(), torch.randn(2, 3, 8, 8)
+    quantized = fewbit.quantize(model, replace(fewbit.load_recipe("int8-static"), sensitive=None), [x])
+
+    def float_terms(wide_sums: bool) -> list[str]:
+        nodes = graph_of(quantized, x, wide_sums).graph.nodes
+        added = [term for node in nodes if node.target is torch.ops.aten.add.Tensor for term in node.args[:2]]
+        return [term.name for term in added if term.target is not DEQUANTIZE]
+
+    assert float_terms(True) == ["conv2d_1", "conv2d_3"]  # a, and of b and c the later one
+    assert float_terms(False) == []
+    for wide_sums in (True, False):
+        fast = fused(graph_of(quantized, x, wide_sums))
+        with torch.no_grad():
+            assert relative_difference(fast(x), model(x)) < 0.03
+        with_sums = [
+            node for node in fast.graph.nodes if str(node.target).startswith("fewbit.conv") and len(node.args) > 13
+        ]
+        assert len(with_sums) == (2 if wide_sums else 0)
 
 
 def test_values_without_a_grid_stay_float(build: Any) -> None:

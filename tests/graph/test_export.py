@@ -86,7 +86,9 @@ def test_a_model_for_one_batch_size_is_exported_for_that(net: Any) -> None:
     assert accepts(made, torch.randn(6, 4)) and not accepts(made, torch.randn(9, 4))
 
 
-def test_why_it_does_not_export_is_one_line_and_nothing_is_logged(net: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_why_it_does_not_export_is_one_line_and_nothing_is_logged(
+    net: Any, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = net(lambda m, x: x if float(x.mean()) > 0 else -x)
     loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
     levels = [logger.level for logger in loggers]
@@ -94,6 +96,7 @@ def test_why_it_does_not_export_is_one_line_and_nothing_is_logged(net: Any, capl
         reason = export(model, (torch.randn(2),), {})
     assert isinstance(reason, str) and reason.startswith("torch.export: ") and "\n" not in reason
     assert not caplog.records
+    assert capsys.readouterr() == ("", "")
     assert [logger.level for logger in loggers] == levels
     raising = net(lambda m, x: [].pop())
     assert export(raising, (torch.randn(2),), {}) == "torch.export: IndexError: pop from empty list"

@@ -59,6 +59,42 @@ def test_equals_single_operators(quantized: Any) -> None:
             same(fast(rows[:size]), plain(rows[:size]))
 
 
+class Residual(nn.Module):
+    """Integer operators whose sums other codes are added to: given by place, by name, and not as they lie in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = torch.randint(-128, 128, (8, 8, 3, 3), dtype=torch.int8)
+        self.register_buffer("packed", torch.ops.fewbit.pack_uint8(weight, 1))
+        self.register_buffer("linear", torch.ops.fewbit.pack_uint8(weight[:, :, :1, :1], 1))
+        self.register_buffer("multiplier", torch.rand(8) * 1e-2)
+        self.register_buffer("offset", torch.zeros(8, dtype=torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def conv(x: Tensor, *other: Any, **names: Any) -> Any:
+            numbers = ([8, 8, 3, 3], self.multiplier, self.offset, [1, 1], [1, 1], [1, 1], 1, 20, 0.0, 255.0, 20)
+            return torch.ops.fewbit.conv_uint8.default(x, self.packed, *numbers, *other, **names)
+
+        x = torch.ops.fewbit.quantize_uint8.default(torch.ops.aten.permute.default(x, [0, 2, 3, 1]), 0.02, 20)
+        y = conv(conv(x), x, 0.5, 20)
+        z = conv(y, other=y, other_multiplier=0.3)
+        numbers = ([8, 8, 1, 1], self.multiplier, self.offset, 0.0, 255.0, 20)
+        z = torch.ops.fewbit.linear_uint8.default(z, self.linear, *numbers, z, 0.4, 9)
+        z = conv(y, torch.ops.aten.permute.default(z, [0, 2, 1, 3]), 0.7, 30)
+        result: Tensor = torch.ops.fewbit.dequantize_uint8.default(z, 0.1, 20)
+        return result
+
+
+def test_other_codes_are_operands_of_a_program() -> None:
+    torch.manual_seed(0)
+    graph, x = torch.fx.symbolic_trace(Residual()), torch.randn(3, 8, 7, 7)
+    fast, inside = programmed(graph, [x])
+    assert programs(fast) == 2 and left(fast) == ["conv_uint8"]  # the last
+    assert sum(node.name.startswith(("conv", "linear")) for node in inside) == 4
+    for size in (0, 1, 3):
+        same(fast(x[:size]), graph(x[:size]))
+
+
 def test_what_is_one_program(build: Any) -> None:
     for name in (
         "residual",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import fewbit
 from fewbit.methods import METHODS, MeanSquaredError
-from fewbit.methods.pair_safe import LIMIT, bounded, saturates
 from fewbit.nn import Conv, Linear, layer_class
+from fewbit.ops.pairs import LIMIT, bounded, saturates
 from fewbit.pipeline import sites_of
 from fewbit.qtensor import dequantize
 from fewbit.spec import PER_TENSOR, QuantSpec, per_channel

@@ -75,6 +75,7 @@ def problems(draw: st.DrawFn) -> Problem:
         "zero_point": draw(st.sampled_from([0, 7, 255])),
         "out": draw(st.sampled_from([None, 0, 100])),
         "magnitude": draw(st.sampled_from([1e-3, 1e-2, 1.0, 1e7])),
+        "other": draw(st.sampled_from([None, 0.37, -1.9, 1e7, -3e30])),  # what codes are multiplied by that are added
     }
 
 
@@ -100,15 +101,23 @@ def check_conv(p: Problem) -> None:
     low, high = (-3.5, 1e6) if p["out"] is None else (3.0, 250.0)
     rest = (low, high, p["out"])
     packed, plain = operators.pack_uint8(weight, groups), codes._pack(weight, groups)
+
+    def same_with_other(name: str, reference: Callable[..., Tensor], *numbers: Any) -> None:
+        operator = getattr(operators, name)
+        found = operator(x, packed, shape, multiplier, offset, *numbers, *rest)
+        same(found, reference(x, plain, shape, multiplier, offset, *numbers, *rest), p)
+        if p["other"] is not None and p["out"] is not None:
+            other = (random_codes(*found.shape), p["other"], 120)
+            found = operator(x, packed, shape, multiplier, offset, *numbers, *rest, *other)
+            same(found, reference(x, plain, shape, multiplier, offset, *numbers, *rest, *other), p)
+
     assert packed.shape == plain.shape == (codes.packed_bytes(shape, groups),)
-    found = operators.conv_uint8(x, packed, shape, multiplier, offset, *geometry, *rest)
-    same(found, codes._conv(x, plain, shape, multiplier, offset, *geometry, *rest), p)
+    same_with_other("conv_uint8", codes._conv, *geometry)
     if groups == 1 and shape[2:] == [1, 1]:
-        found = operators.linear_uint8(x, packed, shape, multiplier, offset, *rest)
-        same(found, codes._linear(x, plain, shape, multiplier, offset, *rest), p)
+        same_with_other("linear_uint8", codes._linear)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=250, deadline=None, derandomize=True)
 @given(problems())
 def test_convolutions_equal_the_reference(p: Problem) -> None:
     check_conv(p)
@@ -121,7 +130,19 @@ def test_the_largest_sums_are_exact(shape: list[int], weight: int | str) -> None
     check_conv(p | {"batch": 1, "size": [6, 9], "weight": weight, "codes": 255, "zero_point": 255} | NO_ROUNDING)
 
 
-NO_ROUNDING = {"out": None, "magnitude": 1.0}
+NO_ROUNDING = {"out": None, "magnitude": 1.0, "other": None}
+
+
+def test_a_sum_is_rounded_once_after_other_codes_are_added() -> None:
+    packed, one = operators.pack_uint8(torch.ones(1, 1, 1, 1, dtype=torch.int8), 1), torch.ones(1)
+    x, other = torch.tensor([[[[3]], [[200]]]], dtype=torch.uint8), torch.tensor([[[[9]], [[255]]]], dtype=torch.uint8)
+    geometry = ([1, 1], [0, 0], [1, 1], 1, 0)
+    arguments = (x, packed, [1, 1, 1, 1], one * 0.5, torch.zeros(1, dtype=torch.int32), *geometry, 0.0, 255.0, 10)
+    # 1.5 - 0.25 rounds to 1, though 1.5 rounds to 2.
+    assert operators.conv_uint8(*arguments, other, 0.25, 10).flatten().tolist() == [11, 171]
+    apart = other.repeat_interleave(2, 1)[:, ::2]  # not as it lies in memory
+    found = operators.conv_uint8(*arguments, other=apart, other_multiplier=0.5)
+    assert found.flatten().tolist() == [16, 238]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -204,10 +225,14 @@ def conv_arguments(**changes: Any) -> dict[str, Any]:
         "low": 0.0,
         "high": 255.0,
         "zero_point": 5,
+        "other": None,
+        "other_multiplier": 0.5,
+        "other_zero_point": 7,
     }
     return arguments | changes
 
 
+OTHER = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"x": torch.zeros(1, 5, 6, 3)}, "x must be uint8"),
     ({"x": torch.zeros(5, 6, 3, dtype=torch.uint8)}, "x must"),
@@ -224,12 +249,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"padding": [-1, 0]}, "padding must be two numbers of at least 0"),
     ({"dilation": [1, 0]}, "dilation must be two numbers of at least 1"),
     ({"dilation": [3, 1]}, "larger than the image"),
+    ({"other": OTHER.float()}, "other must be uint8"),
+    ({"other": OTHER[:, 1:]}, r"other must be of the result's shape \[1, 3, 4, 4\], found \[1, 2, 4, 4\]"),
+    ({"other": OTHER[0]}, "other must be of the result's shape"),
+    ({"other": OTHER, "zero_point": None}, "zero_point is missing"),
 ]
 REFUSED_BY_KERNELS: list[tuple[dict[str, Any], str]] = [
     ({"multiplier": torch.ones(3)}, r"multiplier must be contiguous float32 \[4\], found float32 \[3\]\."),
     ({"offset": torch.ones(4)}, r"offset must be contiguous int32 \[4\], found float32 \[4\]\."),
     ({"zero_point": 256}, "zero_point must be 0 to 255"),
     ({"input_zero_point": -1}, "input_zero_point must be 0 to 255"),
+    ({"other": OTHER, "other_zero_point": 256}, "other_zero_point must be 0 to 255"),
     ({"low": 0.5}, "whole numbers"),
     ({"low": 7.0, "high": 6.0}, "whole numbers"),
     ({"packed": torch.zeros(64 + 16 * 28, dtype=torch.uint8)}, "packed must be"),
@@ -280,7 +310,9 @@ def test_schemas_and_fakes() -> None:
         (operators.pack_uint8, (weight, 1)),
         (operators.conv_uint8, tuple(a.values())),
         (operators.conv_uint8, tuple((a | {"zero_point": None}).values())),
+        (operators.conv_uint8, tuple((a | {"other": OTHER}).values())),
         (operators.linear_uint8, tuple(linear.values())),
+        (operators.linear_uint8, tuple((linear | {"other": random_codes(1, 5, 6, 4)}).values())),
         (operators.add_uint8, (x, x, 1.0, 0, 1.0, 0, 0.0, 255.0, 0)),
         (operators.average_uint8, (x, [2, 3], [1, 2], [0, 1], True, 1.0, 0, 0)),
         (operators.max_pool_uint8, (x, [2, 3], [1, 2], [0, 1], [1, 1], True)),

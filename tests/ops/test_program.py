@@ -37,6 +37,7 @@ def step(kind: Kind, *words: Word, reads: tuple[int, ...] = (), size: int = 100)
 
 
 CODES = step(Kind.CODES, 0)
+NO_OTHER = (-1, 0.0, 0)
 
 
 def alone(x: Tensor, kind: Kind, *words: Word) -> Tensor:
@@ -60,14 +61,18 @@ def test_each_kind_is_its_operator(batch: int) -> None:
         offset = torch.randint(-999, 999, (shape[0],)).int()
         constants = (*shape, groups, packed, multiplier, offset, 1)
         bounds = (3.0, 250.0, -1 if zero_point is None else zero_point)
-        found = alone(x, Kind.CONV, *constants, *bounds, 2, 1, 1, 2, 1, 2, 17)
-        geometry = ([2, 1], [1, 2], [1, 2], groups, 17)
-        same(
-            found, operators.conv_uint8(x, packed, shape, multiplier, offset, *geometry, 3.0, 250.0, zero_point), shape
-        )
+        numbers = (2, 1, 1, 2, 1, 2, 17)
+        found = alone(x, Kind.CONV, *constants, *bounds, *NO_OTHER, *numbers)
+        arguments = (x, packed, shape, multiplier, offset, [2, 1], [1, 2], [1, 2], groups, 17, 3.0, 250.0, zero_point)
+        same(found, operators.conv_uint8(*arguments), shape)
+        if zero_point is not None:
+            other = random_codes(*found.shape)
+            conv = step(Kind.CONV, 0, *constants, *bounds, 1, 0.6, 5, *numbers, reads=(0, 1))
+            found = run(assemble([CODES, step(Kind.CODES, 1), conv], 2, [2]), x, other)[0]
+            same(found, operators.conv_uint8(*arguments, other, 0.6, 5), shape)
     weight = torch.randint(-128, 128, (5, 12, 1, 1), dtype=torch.int8)
     packed, multiplier, offset = operators.pack_uint8(weight, 1), torch.rand(5), torch.zeros(5, dtype=torch.int32)
-    found = alone(x, Kind.LINEAR, 5, 12, 1, 1, 1, packed, multiplier, offset, 0, 0.0, 255.0, 8)
+    found = alone(x, Kind.LINEAR, 5, 12, 1, 1, 1, packed, multiplier, offset, 0, 0.0, 255.0, 8, *NO_OTHER)
     same(found, operators.linear_uint8(x, packed, [5, 12, 1, 1], multiplier, offset, 0.0, 255.0, 8), "linear")
     found = alone(x, Kind.AVERAGE, 3, 2, 2, 1, 1, 0, 0, 1.3, 5, 9)
     same(found, operators.average_uint8(x, [3, 2], [2, 1], [1, 0], False, 1.3, 5, 9), "average")
@@ -118,14 +123,15 @@ def test_max_pool_is_torchs(data: st.DataObject, ceil_mode: bool) -> None:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.data())
 def test_slots_are_free_only_after_their_last_reader(data: st.DataObject) -> None:
-    """Random programs of sums, concatenations and reshapes, whose results may be read by any later step."""
+    """Random programs of sums, layers that add other codes, concatenations and reshapes, whose results may be read by any
+    later step."""
     torch.manual_seed(0)
     x, y = random_codes(3, 4, 6), random_codes(3, 4, 6)
     steps = [CODES, step(Kind.CODES, 1)]
     values = [x, y]
     for _ in range(data.draw(st.integers(1, 25))):
         a, b = (data.draw(st.integers(0, len(values) - 1)) for _ in range(2))
-        kind = data.draw(st.sampled_from([Kind.ADD, Kind.ADD, Kind.CAT, Kind.RESHAPE]))
+        kind = data.draw(st.sampled_from([Kind.ADD, Kind.LINEAR, Kind.CAT, Kind.RESHAPE]))
         if kind == Kind.RESHAPE:
             width = values[a].numel() // 3
             steps.append(step(kind, a, 3, *values[a].shape[1:], 3, 1, width, reads=(a,), size=values[a].numel()))
@@ -134,6 +140,19 @@ def test_slots_are_free_only_after_their_last_reader(data: st.DataObject) -> Non
             numbers = (0.6, 3, 0.7, 200, 0.0, 255.0, 100)
             steps.append(step(kind, a, b, *numbers, reads=(a, b), size=values[a].numel()))
             values.append(codes._add(values[a], values[b], *numbers))  # type: ignore[arg-type]
+        elif kind == Kind.LINEAR and values[a].shape == values[b].shape and values[a].shape[-1] < 200:
+            size = values[a].shape[-1]
+            weight = torch.randint(-128, 128, (size, size, 1, 1), dtype=torch.int8)
+            packed, multiplier, offset = (
+                operators.pack_uint8(weight, 1),
+                torch.rand(size) * 1e-2,
+                torch.zeros(size).int(),
+            )
+            rest = (0.0, 255.0, 100)
+            words = (a, size, size, 1, 1, 1, packed, multiplier, offset, 1, *rest, b, 0.7, 90)
+            steps.append(step(kind, *words, reads=(a, b), size=values[a].numel()))
+            arguments = (values[a], packed, list(weight.shape), multiplier, offset, *rest, values[b], 0.7, 90)
+            values.append(operators.linear_uint8(*arguments))
         elif values[a].numel() < 5000:
             steps.append(step(Kind.CAT, 2, 2, a, a, reads=(a,), size=2 * values[a].numel()))
             values.append(torch.cat([values[a], values[a]], 2))
@@ -227,7 +246,22 @@ def test_a_program_of_another_machine_is_refused() -> None:
             0.0,
             255.0,
             8,
+            *NO_OTHER,
         )
+
+
+def test_other_codes_of_another_shape_are_refused() -> None:
+    weight = operators.pack_uint8(torch.ones(5, 12, 1, 1, dtype=torch.int8), 1)
+    words = (0, 5, 12, 1, 1, 1, weight, torch.ones(5), torch.zeros(5).int(), 0, 0.0, 255.0)
+    for zero_point, other, message in (
+        (8, 0, r"other must be of the result's shape \[1, 5\], found \[1, 12\]"),
+        (8, 1, "step 1 of the program cannot read value 1"),
+        (8, -2, "cannot read value -2"),
+        (-1, 0, "zero_point is missing"),
+    ):
+        linear = step(Kind.LINEAR, *words, zero_point, other, 1.0, 0, reads=(0,))
+        with pytest.raises(RuntimeError, match=message):
+            run(assemble([CODES, linear], 1, [1]), random_codes(1, 12))
 
 
 def test_any_change_is_refused_or_does_no_harm() -> None:
@@ -235,10 +269,13 @@ def test_any_change_is_refused_or_does_no_harm() -> None:
     torch.manual_seed(0)
     weight = torch.randint(-128, 128, (8, 6, 3, 3), dtype=torch.int8)
     constants = (operators.pack_uint8(weight, 1), torch.rand(8), torch.zeros(8, dtype=torch.int32))
-    steps = [*PROGRAM, step(Kind.CONV, 2, 8, 6, 3, 3, 1, *constants, 1, 0.0, 255.0, 3, 1, 1, 1, 1, 1, 1, 0, reads=(2,))]
-    steps.append(step(Kind.AVERAGE, 5, 4, 6, 1, 1, 0, 0, 1, 0.5, 0, 0, reads=(5,)))
-    steps.append(step(Kind.ADD, 6, 6, 1.0, 0, 1.0, 0, 0.0, 255.0, 0, reads=(6,)))
-    blob = assemble(steps, 1, [4, 7])
+    conv = (2, 8, 6, 3, 3, 1, *constants, 1, 0.0, 255.0, 3)
+    geometry = (1, 1, 1, 1, 1, 1, 0)
+    steps = [*PROGRAM, step(Kind.CONV, *conv, *NO_OTHER, *geometry, reads=(2,), size=400)]
+    steps.append(step(Kind.CONV, *conv, 5, 0.5, 9, *geometry, reads=(2, 5), size=400))
+    steps.append(step(Kind.AVERAGE, 6, 4, 6, 1, 1, 0, 0, 1, 0.5, 0, 0, reads=(6,)))
+    steps.append(step(Kind.ADD, 7, 7, 1.0, 0, 1.0, 0, 0.0, 255.0, 0, reads=(7,)))
+    blob = assemble(steps, 1, [4, 8])
     end = 8 + int.from_bytes(bytes(blob[16:24].tolist()), "little")
     numbers = [-(2**63), -(2**31), -2, -1, *range(9), 64, 255, 256, 300, 2**31, 2**32, 2**40, 2**63 - 1]
     for word in range(end):

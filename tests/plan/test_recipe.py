@@ -12,7 +12,10 @@ import fewbit
 from fewbit import PER_TOKEN, PlanError, QuantSpec, Recipe, Rule, Scheme, load_recipe, per_channel
 
 INT8 = Scheme(QuantSpec("int8", per_channel(0)))
-PRESETS = ["int4-dynamic", "int4-gptq", "int4-weight-only", "int8-dynamic", "int8-static"]
+PRESETS = [
+    *("int4-compact", "int4-dynamic", "int4-gptq", "int4-int4-static", "int4-static", "int4-weight-only"),
+    *("int8-dynamic", "int8-static"),
+]
 RULE: dict[str, Any] = {"pattern": "*", "scheme": {"weight": {"format": "int8"}}}
 
 
@@ -23,7 +26,7 @@ def test_presets() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_load_and_survive_json(name: str) -> None:
     recipe = load_recipe(name)
-    assert recipe.name == name and recipe.needs_calibration == (name == "int8-static")
+    assert recipe.name == name and recipe.needs_calibration == name.endswith("-static")
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json())), "recipe") == recipe
     assert load_recipe(recipe) is recipe
 
@@ -208,3 +211,12 @@ def test_results_and_correction_in_toml(tmp_path: Path) -> None:
 def test_errors_of_results_and_correction(values: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Recipe.from_json({"name": "x", "rules": [], **values}, "here")
+
+
+def test_ends_need_a_static_input() -> None:
+    recipe = load_recipe("int4-static")
+    assert recipe.ends is not None and recipe.ends.weight.format == "int8"
+    data = recipe.to_json()
+    data["ends"]["input"] = None
+    with pytest.raises(PlanError, match="ends needs an input with an observer"):
+        Recipe.from_json(data, "recipe")

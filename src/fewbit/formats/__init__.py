@@ -11,6 +11,7 @@ FORMATS: dict[str, Format] = {
     "int8": Integer("int8", 8, signed=True, narrow=True),
     "uint8": Integer("uint8", 8, signed=False),
     "int4": Integer("int4", 4, signed=True),
+    "uint4": Integer("uint4", 4, signed=False),
     "nf4": Codebook("nf4", 4, NF4_VALUES),
 }
 

@@ -17,7 +17,8 @@ from torch.fx import GraphModule, Node
 
 import fewbit.ops.channels
 import fewbit.ops.codes  # noqa: F401
-from fewbit.graph.integers import Graph, bounds, first, is_clamp
+from fewbit.graph.export import operator_of
+from fewbit.graph.integers import LAYERS, Graph, bounds, first, is_clamp
 
 QUANTIZE = torch.ops.fewbit.quantize_uint8.default
 DEQUANTIZE = torch.ops.fewbit.dequantize_uint8.default
@@ -37,8 +38,13 @@ class IntegerLayer:
     input_zero_point: int
 
 
-def explicit(graph: Graph, layers: Mapping[str, IntegerLayer], results: Mapping[str, tuple[float, int]]) -> GraphModule:
-    """``graph`` with these layers and grids; ``graph`` itself is used up. ``results``: by value name, see ``Graph.names``."""
+def explicit(
+    graph: Graph, layers: Mapping[str, IntegerLayer], results: Mapping[str, tuple[float, int]], wide_sums: bool = True
+) -> GraphModule:
+    """``graph`` with these layers and grids; ``graph`` itself is used up. ``results``: by value name, see ``Graph.names``.
+
+    ``wide_sums``: the result of a convolution that only an addition reads is not rounded before it.
+    """
     module = copy.copy(graph.module)
     inputs = graph.inputs()
     grids: dict[Node, tuple[float, int]] = {}
@@ -52,13 +58,40 @@ def explicit(graph: Graph, layers: Mapping[str, IntegerLayer], results: Mapping[
     for call, name in graph.layers.items():
         if first(call) in grids:
             _insert_weights(module, call, layers[name], grids[first(call)][0])
+    wide = _wide(graph, grids) if wide_sums else set()
     for value, grid in grids.items():
-        _insert_grid(module, graph, value, grid)
+        if value not in wide:
+            _insert_grid(module, graph, value, grid)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+def _wide(graph: Graph, grids: Mapping[Node, tuple[float, int]]) -> set[Node]:
+    """Convolutions that are added to codes and read by nothing else. Of two that are added to each other, the later one."""
+    wide: set[Node] = set()
+    owners = [owner for value, owner in graph.values.items() if owner is not value]
+    for node in graph.carried:
+        if operator_of(node) != "add" or node.args[0] is node.args[1]:
+            continue
+        if (node if node in grids else next(iter(node.users), None)) not in grids:
+            continue
+        terms = [term for term in node.args[:2] if isinstance(term, Node) and term in grids]
+        convolutions = [
+            term
+            for term in terms
+            if term in graph.layers
+            and term.target is LAYERS[0]
+            and first(term) in grids
+            and list(term.users) == [node]
+            and graph.values[term] is term
+            and term not in owners
+        ]
+        if len(terms) == 2 and convolutions:
+            wide.add(max(convolutions))
+    return wide
 
 
 def _insert_grid(module: GraphModule, graph: Graph, value: Node, grid: tuple[float, int]) -> None:

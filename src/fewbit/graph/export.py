@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections import Counter
@@ -27,7 +29,8 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     try:
         for dynamic in (True, False):
             try:
-                with warnings.catch_warnings(), torch.no_grad():
+                # torch.export writes the graph of what does not export to standard error.
+                with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
                     warnings.simplefilter("ignore")
                     if not dynamic:
                         return torch.export.export(model, args, kwargs, strict=False)

@@ -66,10 +66,9 @@ class _Fusion:
             return False
         if users[0].target is QUANTIZE:
             return self._handler(node) is not None
-        return is_clamp(users[0]) and self._is_part(users[0]) and _source(users[0]) is node and self._fits(node)
-
-    def _fits(self, node: Node) -> bool:
-        return _is_layer(node) or (operator_of(node) == "add" and _are_codes(node.args[:2]))
+        if _summed(users[0]) is node:
+            return self._is_part(users[0])
+        return is_clamp(users[0]) and self._is_part(users[0]) and _source(users[0]) is node
 
     def _handler(self, node: Node) -> Callable[[Node, Node, Grid], Node] | None:
         """What makes codes of this node's result, if it has only codes to work on."""
@@ -78,8 +77,7 @@ class _Fusion:
         made = _source(node)
         if _is_layer(made):
             return self._layer
-        name = operator_of(made)
-        if name == "add" and _are_codes(made.args[:2]):
+        if _is_addition(made):
             return self._add
         name = operator_of(node)
         given = node.args[0] if name == "cat" else node.args[:1]
@@ -118,8 +116,8 @@ class _Fusion:
         readers = [reader for rounded in codes.users for reader in rounded.users]
         return first(codes).meta["val"].dim() == 4 and not all(reader.target == LAYERS[1] for reader in readers)
 
-    def _layer(self, call: Node, end: Node, grid: Grid | None) -> Node:
-        """A layer with its clamp, to codes or (without a grid) to float."""
+    def _layer(self, call: Node, end: Node, grid: Grid | None, other: Node | None = None) -> Node:
+        """A layer with its clamp, to codes or (without a grid) to float. ``other``: codes that are added before the clamp."""
         scale_in, zero_in = _grid(first(call))
         weight, bias = call.args[1], call.args[2] if len(call.args) > 2 else None
         codes, scale = self._constants(weight)
@@ -127,7 +125,7 @@ class _Fusion:
         offset = -zero_in * sums
         if isinstance(bias, Node):
             offset = offset + self._constants(bias)[0]
-        low, high = (-math.inf, math.inf) if end is call else bounds(end)
+        low, high = bounds(end) if is_clamp(end) else (-math.inf, math.inf)
         multiplier = scale * _float32(scale_in)  # in the order that ONNX Runtime rounds in
         zero_point = None
         if grid is not None:
@@ -152,7 +150,10 @@ class _Fusion:
             x = self._call(_aten.contiguous.default, self._call(_aten.permute.default, x, [0, 3, 1, 2]))
         if is_conv:
             place = (stride, padding, dilation, groups, zero_in)
-            y = self._call(_fewbit.conv_uint8.default, x, numbers[0], shape, *numbers[1:], *place, *rescale)
+            added: tuple[Any, ...] = ()
+            if other is not None and grid is not None:
+                added = (self.codes[first(other)], _ratio(other, grid), other.args[2])
+            y = self._call(_fewbit.conv_uint8.default, x, numbers[0], shape, *numbers[1:], *place, *rescale, *added)
             return y if grid is not None else self._call(_aten.permute.default, y, [0, 3, 1, 2])
         y = self._call(_fewbit.linear_uint8.default, x, numbers[0], shape, *numbers[1:], *rescale)
         if grid is not None and self._is_image(next(iter(end.users))):
@@ -160,11 +161,14 @@ class _Fusion:
         return y
 
     def _add(self, call: Node, end: Node, grid: Grid) -> Node:
-        terms = [value for value in call.args[:2] if isinstance(value, Node)]
+        layer = _summed(call)
+        if layer is not None:
+            return self._layer(layer, end, grid, next(term for term in _terms(call) if term is not layer))
+        terms = _terms(call)
         factors: list[Any] = []
         for term in terms:
             factors += [_ratio(term, grid), term.args[2]]
-        low, high = (-math.inf, math.inf) if end is call else bounds(end)
+        low, high = bounds(end) if is_clamp(end) else (-math.inf, math.inf)
         ends = (float(min(255, max(0, _step(bound, grid)))) for bound in (low, high))
         codes = [self.codes[first(term)] for term in terms]
         return self._call(_fewbit.add_uint8.default, *codes, *factors, *ends, grid[1])
@@ -264,10 +268,27 @@ def _source(node: Node) -> Node:
     """What a clamp is applied to, if that is computed together with it; else the node itself."""
     if is_clamp(node):
         value = first(node)
-        alone = list(value.users) == [node]
-        if alone and (_is_layer(value) or (operator_of(value) == "add" and _are_codes(value.args[:2]))):
+        if list(value.users) == [node] and (_is_layer(value) or _is_addition(value)):
             return value
     return node
+
+
+def _is_addition(node: Node) -> bool:
+    """Whether this adds codes to codes, or to what a layer makes for it."""
+    return operator_of(node) == "add" and (_are_codes(node.args[:2]) or _summed(node) is not None)
+
+
+def _summed(node: Node) -> Node | None:
+    """The convolution whose result an addition to codes is the only reader of."""
+    if operator_of(node) != "add" or len(terms := _terms(node)) != 2:
+        return None
+    layer, other = terms if _is_code(terms[1]) else reversed(terms)
+    fits = _is_code(other) and _is_layer(layer) and layer.target is LAYERS[0] and list(layer.users) == [node]
+    return layer if fits else None
+
+
+def _terms(node: Node) -> list[Node]:
+    return [value for value in node.args[:2] if isinstance(value, Node)]
 
 
 def _is_code(value: Any) -> bool:

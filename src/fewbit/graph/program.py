@@ -110,7 +110,7 @@ class _Reading(Interpreter):
         if name == "quantize_uint8":
             draft = self._quantize(node)
         elif name in _PLAIN:
-            if all(self._in_order(value) for value in node.args[: 1 + (name == "add_uint8")]):
+            if all(self._in_order(value) for value in node.all_input_nodes if value in self.tensors):
                 draft = getattr(self, _PLAIN[name])(node)
         elif name == "lookup_uint8":
             draft = _Draft(Kind.LOOKUP, (first(node), self._constant(node.args[1])))
@@ -140,10 +140,10 @@ class _Reading(Interpreter):
         return _Draft(Kind.QUANTIZE, (_Input(first(x) if is_image else x), int(is_image), scale, zero_point))
 
     def _layer(self, node: Node) -> _Draft:
-        arguments = _arguments(node)
+        arguments = _all_arguments(node)
         x, packed, shape, multiplier, offset = arguments[:5]
-        low, high, zero_point = arguments[-3:]
-        stride, padding, dilation, groups, around = arguments[5:-3] or ([], [], [], 1, None)
+        low, high, zero_point, other, other_multiplier, other_zero = arguments[-6:]
+        stride, padding, dilation, groups, around = arguments[5:-6] or ([], [], [], 1, None)
         factors = self._constant(multiplier)
         weight = (
             *shape,
@@ -153,7 +153,8 @@ class _Reading(Interpreter):
             self._constant(offset),
             int(bool(factors.abs().le(0.25).all())),
         )
-        words = (x, *weight, float(low), float(high), -1 if zero_point is None else zero_point)
+        rescale = (float(low), float(high), -1 if zero_point is None else zero_point)
+        words = (x, *weight, *rescale, -1 if other is None else other, float(other_multiplier), other_zero)
         if around is None:
             return _Draft(Kind.LINEAR, words)
         return _Draft(Kind.CONV, (*words, *stride, *padding, *dilation, around))
@@ -219,6 +220,12 @@ _PLAIN = {  # operators that want their operands as they lie in memory
 
 def _arguments(node: Node) -> list[Any]:
     return list(node.args)
+
+
+def _all_arguments(node: Node) -> list[Any]:
+    """With those that have names or are left out."""
+    rest = node.target._schema.arguments[len(node.args) :]  # type: ignore[union-attr]
+    return [*node.args, *(node.kwargs.get(argument.name, argument.default_value) for argument in rest)]
 
 
 def _same(axes: int) -> Order:

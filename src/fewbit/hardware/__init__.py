@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from fewbit.hardware.machine import Machine, probe
+from fewbit.hardware.machine import Machine, byte_count, probe, resident
 
-__all__ = ["Machine", "probe"]
+__all__ = ["Machine", "byte_count", "probe", "resident"]

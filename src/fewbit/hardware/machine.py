@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from fewbit.errors import FewbitError
 
 # What matters to quantized kernels, by the names that Linux and macOS use.
 FEATURES = (
@@ -27,6 +30,7 @@ FEATURES = (
     "bf16",
     "sve",
 )
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 EXTRAS = ("transformers", "onnx", "onnxruntime", "openvino")
 
 
@@ -66,6 +70,25 @@ def probe() -> Machine:
         accelerator=_accelerator(),
         versions={package: _version(package) for package in ("fewbit", "torch", "numpy", *EXTRAS)},
     )
+
+
+def resident() -> int:
+    """Bytes of memory that this process takes now; where the system does not say, the most that it ever took."""
+    pages = _read("/proc/self/statm").split()
+    if pages:
+        return int(pages[1]) * os.sysconf("SC_PAGE_SIZE")
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if platform.system() == "Darwin" else most * 1024
+
+
+def byte_count(size: int | str) -> int:
+    """Bytes of "6GB", "500 MiB" or a number; FewbitError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if found is None or found[2].upper() not in UNITS:
+        raise FewbitError(f"found {size!r}, needs a number of bytes, or a number with KB, MB, GB, KiB, MiB or GiB.")
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def _read(path: str) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fewbit.methods.blocks import Blocks, best_grid, best_option, levels
 from fewbit.methods.method import Method
 from fewbit.methods.mse import STEPS, MeanSquaredError, moved
-from fewbit.qtensor import QTensor, dequantize, quantize_with, scale_values, stored_scale
+from fewbit.qtensor import QTensor, by_rows, dequantize, quantize_with, scale_values, stored_scale
 from fewbit.spec import QuantSpec
 
 ROWS = 128  # of a weight, which choose the damping for all
@@ -84,7 +84,7 @@ class Gptq(Method):
         """``weight`` for inputs with these moments; what is best is judged by those of other tokens."""
         weight = weight.to(torch.float32)
         searched = self.quantize(weight, spec, (moments.H + held_out.H).diagonal().to(torch.float32))
-        if not _runs_along_rows(spec):
+        if not by_rows(spec):
             return searched
         some = weight[:: max(1, len(weight) // ROWS)]
         losses = {d: held_out.loss(some, target(some, moments, d)) for d in self.dampings}
@@ -155,9 +155,3 @@ def _fitted(
         kept = stored_scale(wanted, spec)
         _, zero = best_option(blocks, spec, [(scale_values(kept, spec)[:, group], zero)])
     return scale_values(kept, spec)[:, group], zero, kept
-
-
-def _runs_along_rows(spec: QuantSpec) -> bool:
-    """Whether each row has its own scales."""
-    kind, axis = spec.granularity.kind, spec.granularity.axis
-    return kind in ("group", "token") or (kind == "channel" and axis % 2 == 0)

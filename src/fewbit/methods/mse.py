@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fewbit.methods.blocks import Blocks, as_blocks, best_grid, best_option
+from fewbit.methods.blocks import Blocks, as_blocks, best_grid, best_option, total
 from fewbit.methods.method import Method
-from fewbit.qtensor import QTensor, dequantize, pack, quantize, quantize_with, scale_values, stored_scale
+from fewbit.qtensor import QTensor, by_rows, dequantize, pack, quantize, quantize_with, scale_values, stored_scale
 from fewbit.spec import QuantSpec
 
 PIECE = 2**17  # weights searched at once: they stay in the cache, and memory stays bounded
@@ -22,7 +22,7 @@ class MeanSquaredError(Method):
     """For each block, the scale and zero point that minimize ``sum importance * (w - quantized w)^2``.
 
     Scales of two levels are rounded when all of them are known, and then moved, with the zero points, by single steps. No
-    block is worse than on the grid of its range; with scales of two levels, no matrix.
+    block is worse than on the grid of its range; with scales of two levels, no row, or no matrix if scales span rows.
     """
 
     @property
@@ -51,8 +51,10 @@ class MeanSquaredError(Method):
         found = quantize_with(weight, spec, kept, None if spec.symmetric else zero.to(spec.number.dtype))
         if spec.scale is None:
             return found
-        errors = [_total(q, weight, h) for q in (found, plain)]
-        return found if errors[0] <= errors[1] else plain
+        errors = [_errors(q, weight, h) for q in (found, plain)]
+        if by_rows(spec):
+            return _rows_of(errors[0] <= errors[1], found, plain)
+        return found if float(errors[0].sum()) <= float(errors[1].sum()) else plain
 
 
 def _choose(
@@ -93,7 +95,26 @@ def _pieces(weight: Tensor, h: Tensor | None, spec: QuantSpec) -> Iterator[Block
         )
 
 
-def _total(q: QTensor, weight: Tensor, h: Tensor | None) -> float:
-    """``sum h (w - quantized w)^2``, row by row in float32."""
-    e = (dequantize(q) - weight).square()
-    return float((e if h is None else e * h).sum(dtype=torch.float64))
+def _errors(q: QTensor, weight: Tensor, h: Tensor | None) -> Tensor:
+    """``sum h (w - quantized w)^2`` of each row."""
+    e = (dequantize(q) - weight).square().T
+    return total(e if h is None else e * h.T)
+
+
+def _rows_of(first: Tensor, q: QTensor, other: QTensor) -> QTensor:
+    """The rows of ``q`` where ``first``, of ``other`` elsewhere."""
+
+    def rows(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(first[:, None], a, b)
+
+    scale: Tensor | QTensor
+    if isinstance(q.scale, QTensor):
+        assert isinstance(other.scale, QTensor)
+        scale = _rows_of(first, q.scale, other.scale)
+    else:
+        assert isinstance(other.scale, Tensor)
+        scale = rows(q.scale, other.scale)
+    zero_point = q.zero_point
+    if zero_point is not None and other.zero_point is not None:
+        zero_point = rows(zero_point, other.zero_point)
+    return replace(q, packed=rows(q.packed, other.packed), scale=scale, zero_point=zero_point)

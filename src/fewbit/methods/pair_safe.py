@@ -1,11 +1,4 @@
-"""Eight-bit weights that no engine's int16 sums can saturate.
-
-x86 CPUs without VNNI multiply unsigned activations with signed weights by vpmaddubsw, which adds two neighbouring products
-and saturates at int16: 255 * 127 * 2 is twice too much. Here the codes of each pair of weights that engines add this way are
-bounded: positive ones to 128 together, negative ones to -128 (255 * 128 = 32640 < 32768). The same model then gives the same
-sums with and without VNNI, on ARM, in ONNX Runtime and in OpenVINO. It costs a few pairs a little, where 7-bit weights
-("reduce_range") cost every weight a bit. Bounds on the accumulator as constraints: A2Q (https://arxiv.org/abs/2308.13504).
-"""
+"""Eight-bit weights that no engine's int16 sums can saturate: see ``fewbit.ops.pairs``."""
 
 from __future__ import annotations
 
@@ -16,10 +9,9 @@ from torch import Tensor
 
 from fewbit.methods.method import Method
 from fewbit.methods.mse import MeanSquaredError
+from fewbit.ops.pairs import bounded, has_pairs
 from fewbit.qtensor import LARGEST, QTensor, encode, pack, qparams, value_range
-from fewbit.spec import QuantSpec, per_channel
-
-LIMIT = 128  # of the sum of a pair's codes of one sign
+from fewbit.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -41,8 +33,8 @@ class PairSafe(Method):
     def quantize(
         self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, pairs: tuple[Tensor, ...] = ()
     ) -> QTensor:
-        if (spec.format, spec.granularity, spec.symmetric, spec.scale) != ("int8", per_channel(0), True, None):
-            return MeanSquaredError().quantize(weight, spec, importance)  # no engine adds such codes in int16
+        if not has_pairs(spec):
+            return MeanSquaredError().quantize(weight, spec, importance)
         low, high = value_range(weight, spec)
         importance = weight.new_ones(1, 1) if importance is None else torch.atleast_2d(importance)
         best_error = torch.full_like(low, torch.inf)
@@ -61,29 +53,3 @@ class PairSafe(Method):
             best_scale = torch.where(better, scale, best_scale)
             best_codes = torch.where(better, codes, best_codes)
         return QTensor(pack(best_codes, spec.number), best_scale, None, spec, tuple(weight.shape))
-
-
-def bounded(codes: Tensor, pairs: tuple[Tensor, ...]) -> Tensor:
-    """int8 ``codes`` ``[rows, columns]`` with what a pair has too much taken from its two codes, half each.
-
-    ``pairs``: sets of disjoint pairs of columns, each ``[P, 2]``. Codes only get smaller, so that no set undoes another.
-    """
-    codes = codes.to(torch.int16)
-    for columns in pairs:
-        chosen = codes[:, columns]
-        for sign in (1, -1):
-            excess = ((chosen * sign).clamp(min=0).sum(2) - LIMIT).clamp(min=0).to(torch.int16)
-            half = (excess + 1) // 2
-            chosen = chosen - sign * torch.stack([half, excess - half], 2)
-        codes[:, columns] = chosen
-    return codes.to(torch.int8)
-
-
-def saturates(codes: Tensor, pairs: tuple[Tensor, ...]) -> bool:
-    """Whether some pair could leave int16 with activations from 0 to 255."""
-    wide = codes.to(torch.int32)
-    for columns in pairs:
-        chosen = wide[:, columns]
-        if bool((255 * chosen.clamp(min=0).sum(2) > 32767).any() or (255 * chosen.clamp(max=0).sum(2) < -32768).any()):
-            return True
-    return False

@@ -52,20 +52,27 @@ class EmbeddingBag(Table):
     """Sums, means or maxima of embedding rows; the arguments of torch.nn.EmbeddingBag."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        # The rows that are used become the table of a float bag. An extra row stands for padding, which bags leave out.
         values = embedding(input.reshape(-1), self.qtensor()).to(self.dtype)
-        places = torch.arange(values.shape[0], device=values.device).reshape(input.shape)
-        padding = None
-        if self.padding_idx is not None:
-            padding = values.shape[0]
-            values = torch.nn.functional.pad(values, (0, 0, 0, 1))
-            places = torch.where(input == self.padding_idx, padding, places)
-        return torch.nn.functional.embedding_bag(
-            places,
-            values,
-            offsets,
-            mode=self.mode,
-            per_sample_weights=per_sample_weights,
-            include_last_offset=self.include_last_offset,
-            padding_idx=padding,
-        )
+        return bags(self, input, values, offsets, per_sample_weights)
+
+
+def bags(
+    layer: Any, input: Tensor, values: Tensor, offsets: Tensor | None, per_sample_weights: Tensor | None
+) -> Tensor:
+    """What torch.nn.EmbeddingBag makes of ``values``, the rows of its table that ``input`` names, ``[n, columns]``."""
+    # The rows that are used become the table of a float bag. An extra row stands for padding, which bags leave out.
+    places = torch.arange(values.shape[0], device=values.device).reshape(input.shape)
+    padding = None
+    if layer.padding_idx is not None:
+        padding = values.shape[0]
+        values = torch.nn.functional.pad(values, (0, 0, 0, 1))
+        places = torch.where(input == layer.padding_idx, padding, places)
+    return torch.nn.functional.embedding_bag(
+        places,
+        values,
+        offsets,
+        mode=layer.mode,
+        per_sample_weights=per_sample_weights,
+        include_last_offset=layer.include_last_offset,
+        padding_idx=padding,
+    )

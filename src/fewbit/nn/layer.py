@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.qtensor import QTensor, empty, fake_quantize
+from fewbit.qtensor import QTensor, fake_quantize, grid_parts, parts, scale_shape
 from fewbit.spec import QuantSpec, Scheme
 
 
@@ -42,7 +42,8 @@ class QuantizedLayer(nn.Module):
         ).dtype  # that code sees which reads a weight
         self._shapes = {name: weight.shape for name, weight in weights.items()}
         for name, weight in weights.items():
-            self._store(name, weight)
+            for key, part in parts(weight, name).items():
+                self.register_buffer(key, part)
         scale, zero_point = (None, None) if input_grid is None else input_grid
         self.register_buffer("input_scale", scale)
         self.register_buffer("input_zero_point", zero_point)
@@ -90,7 +91,8 @@ class QuantizedLayer(nn.Module):
 
     def qtensor(self, name: str = "weight") -> QTensor:
         """The quantized weight of this name."""
-        return self._load(name, self.scheme.weight, self._shapes[name])
+        scale, zero_point = stored_grid(self, f"{name}_", self.scheme.weight, self._shapes[name])
+        return QTensor(self.get_buffer(f"{name}_packed"), scale, zero_point, self.scheme.weight, self._shapes[name])
 
     def weight_only(self) -> QuantizedLayer:
         """The same layer, sharing its buffers, with the input left in float."""
@@ -110,24 +112,6 @@ class QuantizedLayer(nn.Module):
 
         return f"weight {words(self.scheme.weight)}, input {words(self.scheme.input)}"
 
-    def _store(self, name: str, weight: QTensor) -> None:
-        self.register_buffer(f"{name}_packed", weight.packed)
-        if isinstance(weight.scale, QTensor):
-            self._store(f"{name}_scale", weight.scale)
-        else:
-            self.register_buffer(f"{name}_scale", weight.scale)
-        if weight.zero_point is not None:
-            self.register_buffer(f"{name}_zero_point", weight.zero_point)
-
-    def _load(self, name: str, spec: QuantSpec, shape: tuple[int, ...]) -> QTensor:
-        scale: Tensor | QTensor
-        if spec.scale is None:
-            scale = self.get_buffer(f"{name}_scale")
-        else:
-            scale = self._load(f"{name}_scale", spec.scale, empty(shape, replace(spec, scale=None)).scale.shape)
-        zero_point = None if spec.symmetric else self.get_buffer(f"{name}_zero_point")
-        return QTensor(self.get_buffer(f"{name}_packed"), scale, zero_point, spec, shape)
-
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
         self._prepare()
@@ -142,6 +126,24 @@ class QuantizedLayer(nn.Module):
                 self._buffers[name] = buffer.to(moved.device)
         self.dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
         return self
+
+
+def store_grid(module: nn.Module, scale: Tensor | QTensor, zero_point: Tensor | None) -> None:
+    """Scale and zero point as buffers ``scale`` and ``zero_point``."""
+    for name, part in grid_parts(scale, zero_point, "").items():
+        module.register_buffer(name, part)
+
+
+def stored_grid(
+    module: nn.Module, prefix: str, spec: QuantSpec, shape: tuple[int, ...]
+) -> tuple[Tensor | QTensor, Tensor | None]:
+    """Scale and zero point of a tensor of this spec and shape from buffers ``<prefix>scale`` and so on."""
+    zero_point = None if spec.symmetric else module.get_buffer(f"{prefix}zero_point")
+    if spec.scale is None:
+        return module.get_buffer(f"{prefix}scale"), zero_point
+    blocks = scale_shape(shape, spec.granularity)
+    packed = module.get_buffer(f"{prefix}scale_packed")
+    return QTensor(packed, *stored_grid(module, f"{prefix}scale_", spec.scale, blocks), spec.scale, blocks), zero_point
 
 
 def input_placeholder(spec: QuantSpec | None) -> tuple[Tensor, Tensor | None] | None:

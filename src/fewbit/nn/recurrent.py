@@ -6,7 +6,7 @@ int8 for each row of x_t and h_t.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,9 @@ from fewbit.nn.layer import QuantizedLayer
 from fewbit.ops.linear import DTYPES, call, numbers_of
 from fewbit.ops.recurrent import States, call_recurrent, is_operator_call, product, recurrent
 from fewbit.qtensor import QTensor
+
+# One layer in one direction, see Recurrent._scan.
+Scan = Callable[[Tensor, list[int], States, str], tuple[Tensor, States]]
 
 
 class Recurrent(QuantizedLayer):
@@ -43,67 +46,11 @@ class Recurrent(QuantizedLayer):
             if name not in self._shapes:  # biases, and weights that stay float
                 self.register_parameter(name, parameter)
 
-    @property
-    @abstractmethod
-    def _state_sizes(self) -> tuple[int, ...]:
-        """The sizes of the states: the output first."""
-
     def flatten_parameters(self) -> None:
         """Nothing to do: torch's layers have this method, and models call it."""
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        x = input
-        if isinstance(x, PackedSequence):
-            data, sizes = x.data, x.batch_sizes.tolist()
-            order, back = x.sorted_indices, x.unsorted_indices
-            y, states = self._layers(data, sizes, self._initial(hx, data, sizes[0], order))
-            result = PackedSequence(y, x.batch_sizes, order, back)
-            return result, self._returned(states if back is None else tuple(s.index_select(1, back) for s in states))
-        if x.dim() not in (2, 3):
-            raise ValueError(f"{type(self).__name__}: found an input of {x.dim()} axes, needs 2 (unbatched) or 3.")
-        batched = x.dim() == 3
-        steps = (x.transpose(0, 1) if self.batch_first else x) if batched else x.unsqueeze(1)
-        length, batch, _ = steps.shape
-        if hx is not None and not batched:
-            hx = tuple(s.unsqueeze(1) for s in hx) if isinstance(hx, tuple) else hx.unsqueeze(1)
-        states = self._initial(hx, x, batch, None)
-        y, states = self._layers(steps.flatten(0, 1), [batch] * length, states)
-        y = y.unflatten(0, (length, batch))
-        if not batched:
-            return y.squeeze(1), self._returned(tuple(s.squeeze(1) for s in states))
-        return (y.transpose(0, 1) if self.batch_first else y), self._returned(states)
-
-    def _initial(self, hx: Any, x: Tensor, batch: int, order: Tensor | None) -> States:
-        count = self.num_layers * (2 if self.bidirectional else 1)
-        shapes = [(count, batch, size) for size in self._state_sizes]
-        if hx is None:
-            return tuple(torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in shapes)
-        states = cast(States, hx if isinstance(hx, tuple) else (hx,))
-        found = [tuple(state.shape) for state in states]
-        if found != shapes:
-            raise ValueError(f"{type(self).__name__}: found initial states of shapes {found}, needs {shapes}.")
-        return states if order is None else tuple(state.index_select(1, order) for state in states)
-
-    def _returned(self, states: States) -> Any:
-        return states if len(states) > 1 else states[0]
-
-    def _layers(self, data: Tensor, sizes: list[int], states: States) -> tuple[Tensor, States]:
-        """``data`` ``[sum(sizes), features]``: the rows of step 0, then of step 1, ...; sizes never grow."""
-        directions = ("", "_reverse") if self.bidirectional else ("",)
-        last: list[States] = []
-        for layer in range(self.num_layers):
-            outputs = []
-            for direction in directions:
-                initial = tuple(state[len(last)] for state in states)
-                output, final = self._scan(data, sizes, initial, f"_l{layer}{direction}")
-                outputs.append(output)
-                last.append(final)
-            data = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-            if self.dropout and self.training and layer + 1 < self.num_layers:
-                data = torch.nn.functional.dropout(data, self.dropout)
-        if len(last) == 1:
-            return data, tuple(state.unsqueeze(0) for state in last[0])
-        return data, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+        return run_layers(self, input, hx, self._scan)
 
     def _prepare(self) -> None:
         self._numbers = {name: numbers_of(self.qtensor(name), self.scheme.input) for name in self._shapes}
@@ -142,16 +89,72 @@ class LSTM(Recurrent):
 
     cell = "lstm"
 
-    @property
-    def _state_sizes(self) -> tuple[int, ...]:
-        return (self.proj_size or self.hidden_size, self.hidden_size)
-
 
 class GRU(Recurrent):
     """torch.nn.GRU."""
 
     cell = "gru"
 
-    @property
-    def _state_sizes(self) -> tuple[int, ...]:
-        return (self.hidden_size,)
+
+def run_layers(layer: Any, input: Any, hx: Any, scan: Scan) -> tuple[Any, Any]:
+    """All layers and directions of ``layer``, which has the settings of torch's; its arguments and results."""
+    x = input
+    if isinstance(x, PackedSequence):
+        data, sizes = x.data, x.batch_sizes.tolist()
+        order, back = x.sorted_indices, x.unsorted_indices
+        y, states = _layers(layer, data, sizes, _initial(layer, hx, data, sizes[0], order), scan)
+        result = PackedSequence(y, x.batch_sizes, order, back)
+        return result, _returned(states if back is None else tuple(s.index_select(1, back) for s in states))
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{type(layer).__name__}: found an input of {x.dim()} axes, needs 2 (unbatched) or 3.")
+    batched = x.dim() == 3
+    steps = (x.transpose(0, 1) if layer.batch_first else x) if batched else x.unsqueeze(1)
+    length, batch, _ = steps.shape
+    if hx is not None and not batched:
+        hx = tuple(s.unsqueeze(1) for s in hx) if isinstance(hx, tuple) else hx.unsqueeze(1)
+    states = _initial(layer, hx, x, batch, None)
+    y, states = _layers(layer, steps.flatten(0, 1), [batch] * length, states, scan)
+    y = y.unflatten(0, (length, batch))
+    if not batched:
+        return y.squeeze(1), _returned(tuple(s.squeeze(1) for s in states))
+    return (y.transpose(0, 1) if layer.batch_first else y), _returned(states)
+
+
+def _initial(layer: Any, hx: Any, x: Tensor, batch: int, order: Tensor | None) -> States:
+    count = layer.num_layers * (2 if layer.bidirectional else 1)
+    shapes = [(count, batch, size) for size in _state_sizes(layer)]
+    if hx is None:
+        return tuple(torch.zeros(shape, dtype=x.dtype, device=x.device) for shape in shapes)
+    states = cast(States, hx if isinstance(hx, tuple) else (hx,))
+    found = [tuple(state.shape) for state in states]
+    if found != shapes:
+        raise ValueError(f"{type(layer).__name__}: found initial states of shapes {found}, needs {shapes}.")
+    return states if order is None else tuple(state.index_select(1, order) for state in states)
+
+
+def _returned(states: States) -> Any:
+    return states if len(states) > 1 else states[0]
+
+
+def _layers(layer: Any, data: Tensor, sizes: list[int], states: States, scan: Scan) -> tuple[Tensor, States]:
+    """``data`` ``[sum(sizes), features]``: the rows of step 0, then of step 1, ...; sizes never grow."""
+    directions = ("", "_reverse") if layer.bidirectional else ("",)
+    last: list[States] = []
+    for number in range(layer.num_layers):
+        outputs = []
+        for direction in directions:
+            initial = tuple(state[len(last)] for state in states)
+            output, final = scan(data, sizes, initial, f"_l{number}{direction}")
+            outputs.append(output)
+            last.append(final)
+        data = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        if layer.dropout and layer.training and number + 1 < layer.num_layers:
+            data = torch.nn.functional.dropout(data, layer.dropout)
+    if len(last) == 1:
+        return data, tuple(state.unsqueeze(0) for state in last[0])
+    return data, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+
+
+def _state_sizes(layer: Any) -> tuple[int, ...]:
+    """The sizes of the states: the output first."""
+    return (layer.proj_size or layer.hidden_size, *([layer.hidden_size] if layer.cell == "lstm" else []))

@@ -2,7 +2,7 @@
 
     quantize_uint8, dequantize_uint8    float32 to codes and back
     pack_uint8                          int8 weights to what the kernels of this machine read; not to be saved
-    conv_uint8, linear_uint8            products of codes; the epilogue rescales and clamps
+    conv_uint8, linear_uint8            products of codes; the epilogue rescales, adds codes of the result's shape, clamps
     add_uint8, average_uint8            sums of two tensors, means over windows
     max_pool_uint8                      the largest code of each window
     lookup_uint8                        any function of a code
@@ -23,14 +23,15 @@ from fewbit.ops import native
 from fewbit.ops.linear import LIBRARY, TAGS, register, same_device
 
 _RESCALE = "float low, float high, int? zero_point"
+_OTHER = "Tensor? other=None, float other_multiplier=0.0, int other_zero_point=0"  # as add_uint8 has it
 _WEIGHT = "Tensor x, Tensor packed, int[] weight_shape, Tensor multiplier, Tensor offset"
 for _schema in (
     "quantize_uint8(Tensor x, float scale, int zero_point) -> Tensor",
     "dequantize_uint8(Tensor codes, float scale, int zero_point) -> Tensor",
     "pack_uint8(Tensor weight, int groups) -> Tensor",
-    f"conv_uint8({_WEIGHT}, int[] stride, int[] padding, int[] dilation, int groups, int input_zero_point, {_RESCALE})"
-    " -> Tensor",
-    f"linear_uint8({_WEIGHT}, {_RESCALE}) -> Tensor",
+    f"conv_uint8({_WEIGHT}, int[] stride, int[] padding, int[] dilation, int groups, int input_zero_point, {_RESCALE},"
+    f" {_OTHER}) -> Tensor",
+    f"linear_uint8({_WEIGHT}, {_RESCALE}, {_OTHER}) -> Tensor",
     "add_uint8(Tensor a, Tensor b, float a_multiplier, int a_zero_point, float b_multiplier, int b_zero_point, float low,"
     " float high, int zero_point) -> Tensor",
     "average_uint8(Tensor x, int[] kernel, int[] stride, int[] padding, bool count_include_pad, float multiplier,"
@@ -115,6 +116,17 @@ def _linear_shape(x: Tensor, weight_shape: Sequence[int]) -> tuple[int, ...]:
     return (*x.shape[:-1], weight_shape[0])
 
 
+def _check_other(other: Tensor | None, shape: Sequence[int], zero_point: int | None) -> None:
+    if other is None:
+        return
+    _check_dtype(other, torch.uint8, "other")
+    _check(zero_point is not None, "where other codes are added the result must be codes too: zero_point is missing")
+    _check(
+        tuple(other.shape) == tuple(shape),
+        f"other must be of the result's shape {list(shape)}, found {list(other.shape)}",
+    )
+
+
 def _average_shape(x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> tuple[int, ...]:
     _check_dtype(x, torch.uint8, "x")
     _check(x.ndim == 4, f"x must be [batch, height, width, channels], found {list(x.shape)}")
@@ -146,7 +158,11 @@ def _quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
 def _dequantize(codes: Tensor, scale: float, zero_point: int) -> Tensor:
     native.remind(codes)
     _check_dtype(codes, torch.uint8, "codes")
-    return ((codes.to(torch.int32) - zero_point).to(torch.float32) * scale).contiguous()
+    return _scaled(codes, scale, zero_point).contiguous()
+
+
+def _scaled(codes: Tensor, scale: float, zero_point: int) -> Tensor:
+    return (codes.to(torch.int32) - zero_point).to(torch.float32) * scale
 
 
 def _pack(weight: Tensor, groups: int) -> Tensor:
@@ -171,15 +187,20 @@ def _conv(
     low: float,
     high: float,
     zero_point: int | None,
+    other: Tensor | None = None,
+    other_multiplier: float = 0.0,
+    other_zero_point: int = 0,
 ) -> Tensor:
     native.remind(x)
-    _conv_shape(x, weight_shape, stride, padding, dilation, groups)
+    _check_other(other, _conv_shape(x, weight_shape, stride, padding, dilation, groups), zero_point)
     weight = _unpacked(packed, weight_shape, groups)
     around = (padding[1], padding[1], padding[0], padding[0])
     image = pad(x.permute(0, 3, 1, 2), around, value=input_zero_point)
     # float64 has every sum exactly.
     sums = conv2d(image.double(), weight.double(), None, tuple(stride), 0, tuple(dilation), groups)
     t = (sums.to(torch.int32).permute(0, 2, 3, 1) + offset).to(torch.float32) * multiplier
+    if other is not None:
+        t = t + _scaled(other, other_multiplier, other_zero_point)
     return rescale(t, low, high, zero_point).contiguous()
 
 
@@ -192,12 +213,17 @@ def _linear(
     low: float,
     high: float,
     zero_point: int | None,
+    other: Tensor | None = None,
+    other_multiplier: float = 0.0,
+    other_zero_point: int = 0,
 ) -> Tensor:
     native.remind(x)
-    _linear_shape(x, weight_shape)
+    _check_other(other, _linear_shape(x, weight_shape), zero_point)
     weight = _unpacked(packed, weight_shape, 1).flatten(1)
     sums = torch.nn.functional.linear(x.double(), weight.double()).to(torch.int32)
     t = (sums + offset).to(torch.float32) * multiplier
+    if other is not None:
+        t = t + _scaled(other, other_multiplier, other_zero_point)
     return rescale(t, low, high, zero_point).contiguous()
 
 
@@ -216,8 +242,7 @@ def _add(
     _check_dtype(a, torch.uint8, "a")
     _check_dtype(b, torch.uint8, "b")
     _check(a.shape == b.shape, f"a and b must be of the same shape, found {list(a.shape)} and {list(b.shape)}")
-    t = (a.to(torch.int32) - a_zero_point).to(torch.float32) * a_multiplier
-    t = t + (b.to(torch.int32) - b_zero_point).to(torch.float32) * b_multiplier
+    t = _scaled(a, a_multiplier, a_zero_point) + _scaled(b, b_multiplier, b_zero_point)
     return rescale(t, low, high, zero_point).contiguous()
 
 
@@ -292,9 +317,13 @@ def _fake_conv(
     low: float,
     high: float,
     zero_point: int | None,
+    other: Tensor | None = None,
+    other_multiplier: float = 0.0,
+    other_zero_point: int = 0,
 ) -> Tensor:
-    same_device(x, packed, multiplier, offset)
+    same_device(x, packed, multiplier, offset, other)
     shape = _conv_shape(x, weight_shape, stride, padding, dilation, groups)
+    _check_other(other, shape, zero_point)
     return _new(x, shape, _dtype_of(zero_point))
 
 
@@ -307,9 +336,14 @@ def _fake_linear(
     low: float,
     high: float,
     zero_point: int | None,
+    other: Tensor | None = None,
+    other_multiplier: float = 0.0,
+    other_zero_point: int = 0,
 ) -> Tensor:
-    same_device(x, packed, multiplier, offset)
-    return _new(x, _linear_shape(x, weight_shape), _dtype_of(zero_point))
+    same_device(x, packed, multiplier, offset, other)
+    shape = _linear_shape(x, weight_shape)
+    _check_other(other, shape, zero_point)
+    return _new(x, shape, _dtype_of(zero_point))
 
 
 register("quantize_uint8", _quantize, lambda x, *_: _new(x, x.shape, torch.uint8))

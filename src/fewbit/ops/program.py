@@ -34,9 +34,10 @@ class Kind(IntEnum):
     QUANTIZE = 0  # input, whether it is [batch, channels, height, width], scale, zero_point
     CODES = 1  # input: of codes, as they are
     # x, outputs, channels, height, width, groups, packed, multiplier, offset, whether no |multiplier| is above 0.25,
-    # low, high, zero_point (-1: to float32), stride, padding, dilation, input_zero_point
+    # low, high, zero_point (-1: to float32), other (-1: none), other_multiplier, other_zero_point, stride, padding, dilation,
+    # input_zero_point
     CONV = 2
-    LINEAR = 3  # the same up to zero_point
+    LINEAR = 3  # the same up to other_zero_point
     ADD = 4  # a, b, a_multiplier, a_zero_point, b_multiplier, b_zero_point, low, high, zero_point
     AVERAGE = 5  # x, kernel, stride, padding, count_include_pad, multiplier, input_zero_point, zero_point
     LOOKUP = 6  # x, table

@@ -69,7 +69,7 @@ def recurrent(
         h, *others = CELLS[cell](gates, states, lambda h: product(h, weight, bias, spec))
         return (h if projection is None else product(h, projection, None, spec), *others)
 
-    return _scan(step, gates, states, sizes, reverse)
+    return scan(step, gates, states, sizes, reverse)
 
 
 def is_operator_call(gates: Tensor, states: States, bias: Tensor | None) -> bool:
@@ -129,7 +129,8 @@ def gru_step(gates: Tensor, states: States, product: Product) -> States:
 CELLS: dict[str, Callable[[Tensor, States, Product], States]] = {"lstm": lstm_step, "gru": gru_step}
 
 
-def _scan(step: Step, gates: Tensor, states: States, sizes: Sequence[int], reverse: bool) -> tuple[Tensor, States]:
+def scan(step: Step, gates: Tensor, states: States, sizes: Sequence[int], reverse: bool) -> tuple[Tensor, States]:
+    """All steps of one layer in one direction; arguments and results as of ``recurrent``."""
     outputs: list[Tensor] = []
     steps = list(zip(gates.split(list(sizes)), sizes, strict=True))
     for part, rows in reversed(steps) if reverse else steps:
@@ -181,7 +182,7 @@ class _Differentiable(torch.autograd.Function):
             return CELLS[ctx.cell](gates, states, lambda h: call(h, packed, scale, zero_point, bias, ctx.numbers))
 
         with torch.enable_grad():
-            y, last = _scan(step, gates, tuple(states), ctx.sizes, ctx.reverse)
+            y, last = scan(step, gates, tuple(states), ctx.sizes, ctx.reverse)
         found = iter(torch.autograd.grad((y, *last), wanted, slopes))
         return (*[None] * 7, *(next(found) if need else None for need in needed))
 
@@ -195,7 +196,7 @@ def _reference(cell: str, gates: Tensor, states: States, arguments: Sequence[Any
     def step(gates: Tensor, states: States) -> States:
         return CELLS[cell](gates, states, lambda h: integer_products(h, weight, bias, spec))
 
-    y, last = _scan(step, gates, states, sizes, reverse)
+    y, last = scan(step, gates, states, sizes, reverse)
     return (y, *last)
 
 

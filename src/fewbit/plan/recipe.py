@@ -70,7 +70,8 @@ class Recipe:
     ``results`` says how values between convolutions that are no layer's input are quantized, such as the terms of residual
     additions, where an engine computes on them; None: there they stay float. ``correction`` ("affine", "bias" or None) is
     what layers with static inputs get after quantization, see ``fewbit.correction``. ``sensitive``: a small first or last
-    layer that makes more than this share of the output's squared error stays float, see ``fewbit.sensitivity``.
+    layer that makes more than this share of the output's squared error stays float, see ``fewbit.sensitivity``. ``ends``: the
+    scheme of the first and the last layer with a static input, in the order of execution, whatever their rule says.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Recipe:
     results: QuantSpec | None = None
     correction: str | None = None
     sensitive: float | None = None
+    ends: Scheme | None = None
 
     def __post_init__(self) -> None:
         for transform in self.transforms:
@@ -92,6 +94,12 @@ class Recipe:
             )
         if self.results is not None:
             _check_results(self.results, f"recipe {self.name!r}: results")
+        if self.ends is not None:
+            check_names(self.ends, f"recipe {self.name!r}: ends")
+            if self.ends.input is None or not self.ends.input.is_static:
+                raise PlanError(
+                    f"recipe {self.name!r}: ends needs an input with an observer: it replaces a static scheme."
+                )
         for number, rule in enumerate(self.rules):
             where = f"recipe {self.name!r}: rules[{number}]"
             if rule.pattern.startswith("re:"):
@@ -121,6 +129,8 @@ class Recipe:
             data["correction"] = self.correction
         if self.sensitive is not None:
             data["sensitive"] = self.sensitive
+        if self.ends is not None:
+            data["ends"] = self.ends.to_json()
         return data
 
     @staticmethod
@@ -134,7 +144,9 @@ class Recipe:
         rules = (Rule.from_json(rule, f"{where}.rules[{number}]") for number, rule in enumerate(data["rules"]))
         results = QuantSpec.from_json(data["results"], f"{where}.results") if "results" in data else None
         transforms = tuple(data.get("transforms", ()))
-        return Recipe(data["name"], tuple(rules), transforms, results, data.get("correction"), data.get("sensitive"))
+        ends = Scheme.from_json(data["ends"], f"{where}.ends") if "ends" in data else None
+        shares = data.get("correction"), data.get("sensitive")
+        return Recipe(data["name"], tuple(rules), transforms, results, *shares, ends)
 
 
 def _check_results(spec: QuantSpec, where: str) -> None:

@@ -25,6 +25,7 @@ class OnnxRuntime(Target):
     name = "onnxruntime"
     packages = ("onnx", "onnxscript", "onnxruntime")
     extra = "onnxruntime"
+    wide_sums = False
 
     def compile(self, module: GraphModule, call: Call) -> tuple[Callable[..., Any], tuple[Operator, ...]]:
         import onnx

@@ -34,6 +34,7 @@ class OpenVino(Target):
             "INFERENCE_PRECISION_HINT": "f32",  # what is not int8: bfloat16 would be another model
         }
         source = proto.SerializeToString()
+        outputs = range(len(proto.graph.output))
         compiled: dict[tuple[Any, ...], Any] = {}
 
         def request(tensors: tuple[Tensor, ...]) -> Any:
@@ -45,10 +46,13 @@ class OpenVino(Target):
             return compiled[shapes]
 
         def run(*tensors: Tensor) -> list[Tensor]:
-            results = request(tensors).infer([x.detach().numpy() for x in tensors], share_inputs=True)
-            return [
-                torch.from_numpy(array.copy()) for array in results.values()
-            ]  # the next call writes to the same memory
+            here = request(tensors)
+            arrays = [x.detach().contiguous().numpy() for x in tensors]  # in memory until it has run
+            for index, array in enumerate(arrays):
+                here.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+            here.infer()
+            # Copies: the next call writes to the same memory.
+            return [torch.from_numpy(here.get_output_tensor(index).data.copy()) for index in outputs]
 
         model = request(tuple(tensors_of(call))).get_compiled_model().get_runtime_model()
         infos = [(node.get_friendly_name(), node.get_rt_info()) for node in model.get_ordered_ops()]

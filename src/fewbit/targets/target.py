@@ -33,6 +33,7 @@ class Target(ABC):
     name: str
     packages: tuple[str, ...] = ()
     extra: str = ""  # of fewbit, that installs the packages
+    wide_sums = True  # whether it adds a convolution's result to codes before it rounds
 
     def missing(self) -> str | None:
         """Why it cannot be used here, and what to do; None if it can."""
@@ -70,6 +71,7 @@ class Lowered(nn.Module):
         self._run = run
         self._signature = inputs
         self._structure = structure
+        self._is_tensor = structure.is_leaf()
         skip = 1 if any_batch else 0
         # The common case, checked without walking through the arguments: tensors only.
         self._skip = skip
@@ -82,7 +84,7 @@ class Lowered(nn.Module):
                 self._refuse(args, kwargs)
             args = tuple(x for x in leaves((args, kwargs)) if isinstance(x, Tensor))
         results = self._run(*args)
-        return pytree.tree_unflatten(results, self._structure)
+        return results[0] if self._is_tensor else pytree.tree_unflatten(results, self._structure)
 
     def summary(self) -> str:
         """One line: how much of it the engine runs on 8-bit integers, and what it does not."""

@@ -41,25 +41,26 @@ def main_output(output: Any) -> tuple[Tensor, bool]:
     """
     if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
         return output["logits"], True
-    found = next(_float_tensors(output), None)
+    found = next(float_tensors(output), None)
     if found is None:
         raise UnsupportedError(f"the model's output, a {type(output).__name__}, has no float tensor to compare.")
     return found, found.dim() == 2 and found.shape[1] > 1
 
 
-def _float_tensors(output: Any) -> Iterator[Tensor]:
+def float_tensors(output: Any) -> Iterator[Tensor]:
+    """All float tensors anywhere in a model's output."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
         for value in output.values():
-            yield from _float_tensors(value)
+            yield from float_tensors(value)
     elif isinstance(output, (tuple, list)):
         for value in output:
-            yield from _float_tensors(value)
+            yield from float_tensors(value)
     elif dataclasses.is_dataclass(output):
         for field in dataclasses.fields(output):
-            yield from _float_tensors(getattr(output, field.name))
+            yield from float_tensors(getattr(output, field.name))
 
 
 class Noise:

@@ -1,0 +1,241 @@
+"""The verb finetune: quantization-aware training with the float model as the teacher."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fewbit.batches import Call, to_call
+from fewbit.errors import CalibrationError, UnsupportedError
+from fewbit.graph import batch_size
+from fewbit.nn import LearnedGrid, Student
+from fewbit.pipeline import twin_of
+from fewbit.plan import Recipe
+from fewbit.progress import progress
+from fewbit.training import convert, prepare_qat
+from fewbit.verify.outputs import float_tensors, main_output
+
+Loss = Callable[[Any, Any], Tensor]  # of the student's output and the batch as it was given
+CALIBRATION = 1000  # examples that ranges are taken from
+CHECKS = 20  # of the held-out loss, in a whole training
+PATIENCE = 10  # checks without improvement that end it
+WARM_UP = 0.1  # of the training
+
+
+@dataclass(frozen=True)
+class Training:
+    """How ``finetune`` trains.
+
+    ``weight_rate``: how far AdamW moves a weight in an update, in steps of its grid; other parameters as far as an 8-bit weight
+    of their size. ``step_rate``: by which share it changes a step. Both rise linearly for WARM_UP of the training and fall as
+    a cosine. ``teacher``: the weight of the distance to the float model's outputs, of logits the Kullback-Leibler divergence at
+    ``temperature``; 0 leaves ``loss`` alone. ``average``: the decay of the moving average of all parameters, which is what is
+    kept. ``held_out``: the share of the data that is not trained on but judges. ``trainable``: see ``prepare_qat``.
+    """
+
+    weight_rate: float = 0.005
+    step_rate: float = 1e-3
+    teacher: float = 1.0
+    temperature: float = 2.0
+    average: float = 0.99
+    held_out: float = 0.1
+    batch_size: int = 64
+    trainable: float = 1.0
+    seed: int = 0
+
+
+def finetune(
+    model: nn.Module,
+    recipe: str | Path | Recipe,
+    batches: Any,
+    minutes: float = 5.0,
+    steps: int | None = None,
+    loss: Loss | None = None,
+    training: Training | None = None,
+) -> nn.Module:
+    """A quantized copy of ``model``, trained to give the float model's outputs. ``model`` itself is not changed.
+
+    ``batches`` are read once and kept in memory; labels in them are for ``loss`` alone. The training ends after ``minutes``, or
+    after ``steps`` updates if they are given: then the same seed gives the same result. ``loss(output, batch)``, if given, is
+    added to the distance to the teacher. The student trains in eval mode: without dropout, its norms as they are. What is
+    returned has the least loss on held-out examples, and is what ``quantize`` gives if training did not improve on that.
+
+    Raises what ``quantize`` raises, and UnsupportedError if an output has nothing to compare.
+    """
+    start = time.monotonic()
+    settings = training or Training()
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"finetune: found one {type(batches).__name__}, needs an iterable of batches.")
+    data = _Data(model, list(batches), settings)
+    student = prepare_qat(model, recipe, data.calibration(), trainable=settings.trainable).eval()
+    schedule: Iterable[float] = _timed(start, minutes)
+    if steps is not None:
+        schedule = [step / steps for step in range(steps)]
+    _train(student, twin_of(model), data, loss, settings, schedule)
+    return convert(student)
+
+
+class _Data:
+    """Batches, cut anew from all examples in every epoch where they fit together; some of them held out."""
+
+    def __init__(self, model: nn.Module, batches: list[Any], settings: Training) -> None:
+        self._model, self._batches, self._pool = model, batches, _pooled(batches)
+        self._random = torch.Generator().manual_seed(settings.seed)
+        self._size = 1 if self._pool is None else settings.batch_size
+        count = len(batches) if self._pool is None else batch_size(self._pool)
+        if not count or count < 2:
+            raise CalibrationError(
+                f"finetune: found {count or 0} batches, needs two at least: one to train on, one to judge by."
+            )
+        order = torch.randperm(count, generator=self._random)
+        kept = min(count - 1, max(1, round(settings.held_out * count)))
+        self._training, held_out = order[kept:], order[:kept]
+        self.held_out = [self._batch(part) for part in held_out.split(self._size)]
+
+    def calibration(self) -> list[Any]:
+        """The first CALIBRATION examples of those to train on, or as many batches."""
+        return [self._batch(part) for part in self._training[:CALIBRATION].split(min(self._size, 100))]
+
+    def shuffled(self) -> Iterator[Any]:
+        """Batches to train on, without end."""
+        while True:
+            order = self._training[torch.randperm(len(self._training), generator=self._random)]
+            parts = order.split(self._size)
+            yield from (
+                self._batch(part) for part in (parts[:-1] if len(parts) > 1 and len(parts[-1]) < self._size else parts)
+            )
+
+    def call(self, batch: Any) -> Call:
+        return to_call(self._model, batch, "finetune")
+
+    def _batch(self, indices: Tensor) -> Any:
+        if self._pool is None:
+            return self._batches[int(indices)]
+        return pytree.tree_map_only(Tensor, lambda x: x[indices.to(x.device)], self._pool)
+
+
+def _pooled(batches: list[Any]) -> Any:
+    """All batches as one; None if they do not fit together."""
+    leaves = [pytree.tree_leaves(batch) for batch in batches]
+    kinds = [
+        (pytree.tree_structure(b), batch_size(b), [(x.dtype, x.shape[1:]) if isinstance(x, Tensor) else x for x in own])
+        for b, own in zip(batches, leaves, strict=True)
+    ]
+    alike = bool(kinds) and all(kind[::2] == kinds[0][::2] and kind[1] is not None for kind in kinds)
+    if not alike or any(isinstance(x, Tensor) and not x.dim() for x in leaves[0]):
+        return None
+    joined = [torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*leaves, strict=True)]
+    return pytree.tree_unflatten(joined, kinds[0][0])
+
+
+def _timed(start: float, minutes: float) -> Iterator[float]:
+    while (share := (time.monotonic() - start) / (60 * minutes)) < 1:
+        yield share
+
+
+def _train(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: _Data,
+    loss: Loss | None,
+    settings: Training,
+    schedule: Iterable[float],
+) -> None:
+    """Leaves ``student`` with the parameters that had the least loss on the held-out examples."""
+    optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def total(batch: Any, target: Any) -> Tensor:
+        output = data.call(batch).run(student)
+        error = torch.zeros(()) if loss is None else loss(output, batch)
+        return error + settings.teacher * _distance(output, target, settings.temperature) if settings.teacher else error
+
+    @torch.no_grad()
+    def target_of(batch: Any) -> Any:
+        return data.call(batch).run(teacher) if settings.teacher else None
+
+    @torch.no_grad()
+    def judged(values: list[Tensor]) -> float:
+        kept = _exchange(parameters, values)
+        error = sum(float(total(*pair)) for pair in held_out) / len(held_out)
+        _exchange(parameters, kept)
+        return error
+
+    held_out = [(batch, target_of(batch)) for batch in data.held_out]
+    average = [p.detach().clone() for p in parameters]
+    best, least, waiting, due = [p.clone() for p in average], judged(average), 0, 1 / CHECKS
+    stream = data.shuffled()
+    for step, share in enumerate(progress(schedule, "training")):
+        batch = next(stream)
+        factor = min(1.0, (share + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        optimizer.zero_grad()
+        total(batch, target_of(batch)).backward()
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(settings.average, (1 + step) / (10 + step))
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        if share >= due:
+            due += 1 / CHECKS
+            error = judged(average)
+            waiting = 0 if error < least else waiting + 1
+            if error < least:
+                best, least = [p.clone() for p in average], error
+            if waiting >= PATIENCE:
+                break
+    if judged(average) < least:
+        best = average
+    _exchange(parameters, best)
+
+
+@torch.no_grad()
+def _exchange(parameters: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+    """Gives the parameters these values; returns those they had."""
+    kept = [p.detach().clone() for p in parameters]
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+    return kept
+
+
+def _groups(student: nn.Module, settings: Training) -> list[dict[str, Any]]:
+    """What is trained and how fast. UnsupportedError if nothing is."""
+    rates: dict[nn.Parameter, float] = {}
+    for module in student.modules():
+        if isinstance(module, LearnedGrid):
+            rates.update((p, settings.step_rate) for p in module.parameters(recurse=False))
+        elif isinstance(module, Student):
+            for name in module.quantized_names:
+                rates[module.get_parameter(name)] = settings.weight_rate * module.mean_step(name)
+    for parameter in student.parameters():
+        size = float(parameter.detach().float().square().mean().sqrt()) if parameter.numel() else 0.0
+        # An 8-bit grid has about 30 steps in the root mean square of a weight matrix.
+        rates.setdefault(parameter, settings.weight_rate * max(size, 1e-3) / 30)
+    groups = [{"params": [p], "lr": rate} for p, rate in rates.items() if p.requires_grad]
+    if not groups:
+        raise UnsupportedError(f"finetune: this {type(student).__name__} has no parameter that requires a gradient.")
+    return groups
+
+
+def _distance(output: Any, target: Any, temperature: float) -> Tensor:
+    """How far the student is from the teacher: of logits the divergence, in units that do not depend on the temperature; of
+    features the squared error as a share of their squares."""
+    exact, is_logits = main_output(target)
+    unit = bool(((exact.float().norm(dim=-1) - 1).abs() < 1e-3).all())  # normalized embeddings
+    if is_logits and not unit:
+        found, _ = main_output(output)
+        p, q = (torch.log_softmax(x.float() / temperature, -1).flatten(0, -2) for x in (exact, found))
+        terms = torch.where(p.isfinite(), p.exp() * (p - q), 0.0)
+        return terms.sum(1).mean() * temperature**2
+    pairs = zip(float_tensors(output), float_tensors(target), strict=True)
+    shares = [(x - y).float().square().sum() / y.float().square().sum().clamp(min=1e-12) for x, y in pairs]
+    return torch.stack(shares).mean()

@@ -1,0 +1,344 @@
+"""A model larger than memory: from a Hugging Face folder to a quantized one, a few rows of a weight at a time.
+
+For each block of layers: read float weights, quantize them, write. Every file of the result is written under a temporary
+name and renamed when it is whole on the disk; a record says which are, so that an interrupted run goes on where it was.
+The index (or the one file) comes last: without it a folder is no checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import CheckpointError, PlanError, UnsupportedError
+from fewbit.hardware import byte_count, resident
+from fewbit.methods import METHODS
+from fewbit.nn import layer_class
+from fewbit.pipeline import skeleton
+from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
+from fewbit.progress import progress
+from fewbit.qtensor import QTensor, by_rows, dequantize, empty, parts
+from fewbit.source import CONFIG, INDEX, SINGLE, Source, Weight, copy_texts, open_source, read_config, warn_unused
+from fewbit.targets.native import PLAN, PROGRESS, REPORT, config_text, distinct_tensors, file_metadata, next_name
+from fewbit.targets.native import plan_text as text_of
+from fewbit.tensorfile import TensorWriter
+from fewbit.transforms import TRANSFORMS
+
+FILE = 2**29  # bytes of a file of tensors: what an interruption may cost
+PIECE = 2**22  # weights that are quantized at once if memory allows
+WORK = 48  # bytes that quantizing takes for each weight of a piece, measured
+FIXED = 96 * 2**20  # bytes that it takes beside, measured: what methods search at once, code that is loaded late
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is written at once: one weight of a site as its codes and scales, or (``key`` empty) a tensor as it is."""
+
+    name: str  # of the layer, or of the tensor
+    key: str
+    tensors: tuple[str, ...]
+
+    @property
+    def block(self) -> str:
+        """The numbered block that it is in ("model.layers.3"), or its own name."""
+        found = re.match(r".*?\.\d+(?=\.)", self.name + ".")
+        return found.group() if found else self.name
+
+
+def quantize_folder(
+    source: str | Path,
+    out: str | Path,
+    recipe: str | Path | Recipe,
+    exclude: Iterable[str] = (),
+    max_ram: int | str | None = None,
+) -> Path:
+    """Quantize the Hugging Face folder ``source`` to the folder ``out`` without loading the model; returns ``out``.
+
+    ``out`` is read by ``fewbit.load(out)``, and by transformers' ``from_pretrained`` once ``fewbit.huggingface`` is
+    imported. ``recipe``, ``exclude``: as for ``quantize``; no data are used. ``max_ram``: the most memory that this
+    process may take, in bytes or as "6GB". A run that was interrupted goes on when it is called again.
+
+    Raises FewbitError, UnsupportedError or CheckpointError for a source that cannot be read (see ``open_source``),
+    PlanError for a recipe that does not fit, CheckpointError if ``out`` cannot be written or holds something else,
+    UnsupportedError for a recipe that needs data, or if ``max_ram`` is too little.
+    """
+    recipe = load_recipe(recipe, exclude)
+    limit = None if max_ram is None else byte_count(max_ram)
+    opened = open_source(source)
+    plan = _plan(opened.model, recipe)
+    layout = skeleton(opened.model, plan)
+    tensors, aliases = distinct_tensors(layout)
+    tensors = _with_dtypes(tensors, opened)
+    steps = _steps(plan, tensors)
+    rows = {
+        (step.name, step.key): _rows_at_once(step, plan.sites[step.name], opened, limit) for step in steps if step.key
+    }
+    job = Job(Path(out), opened, plan, tensors, file_metadata(text_of(plan), aliases), limit, rows)
+    warn_unused(opened)
+    job.folder_is_free()
+    try:
+        job.run(_files(steps, tensors))
+    except OSError as error:
+        raise CheckpointError(
+            f"{out}: cannot be written: {error}. What is done is kept: call again to go on."
+        ) from error
+    return job.out
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs: where from, where to, what is to be written and how much of it at once."""
+
+    out: Path
+    source: Source
+    plan: Plan
+    tensors: Mapping[str, Tensor]  # on meta, in the dtypes of the result
+    metadata: Mapping[str, str]
+    limit: int | None
+    rows: Mapping[tuple[str, str], int]
+
+    @property
+    def identity(self) -> str:
+        """Equal for two runs that must give the same files."""
+        facts = {"source": self.source.fingerprint(), "metadata": dict(self.metadata), "file": FILE}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def folder_is_free(self) -> None:
+        """CheckpointError if the folder has another checkpoint, or an unfinished one of another source or recipe."""
+        if self.out.resolve() == self.source.folder.resolve():
+            raise CheckpointError(f"{self.out}: is the source; give another folder.")
+        for name in (SINGLE, INDEX):
+            if (self.out / name).exists():
+                raise CheckpointError(f"{self.out}: has a {name} already; give a new folder, or delete it.")
+        record = self._record()
+        if record and record["job"] != self.identity:
+            raise CheckpointError(
+                f"{self.out}: has an unfinished quantization of another source or recipe; delete the folder or give a new one."
+            )
+
+    def run(self, files: list[list[Step]]) -> None:
+        names = _file_names(len(files))
+        self.out.mkdir(parents=True, exist_ok=True)
+        record = self._record() or {"job": self.identity, "files": {}}
+        done: dict[str, dict[str, float]] = record["files"]
+        todo = [(name, steps) for name, steps in zip(names, files, strict=True) if name not in done]
+        block, error = "", math.nan
+
+        def status() -> str:
+            return f"quantizing {block}, weight error {100 * error:.1f} %"
+
+        every = progress([(name, step) for name, steps in todo for step in steps], "quantizing", status)
+        for name, steps in todo:
+            errors: dict[str, float] = {}
+            temporary = next_name(self.out, name)
+            tensors = {key: self.tensors[key] for step in steps for key in step.tensors}
+            try:
+                with TensorWriter(temporary, tensors, self.metadata) as writer:
+                    for _ in steps:
+                        _, step = next(every)
+                        block = step.block
+                        if step.key:
+                            error = errors[f"{step.name}.{step.key}"] = self._quantize(step, writer)
+                        else:
+                            self._copy(step, writer)
+                        self._check_memory(step)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            if len(names) > 1:
+                temporary.replace(self.out / name)
+            done[name] = errors
+            if len(names) > 1:
+                self._write(PROGRESS, json.dumps(record))
+        next(every, None)  # the bar is done
+        self._finish(names, files, {key: value for errors in done.values() for key, value in errors.items()})
+
+    def _quantize(self, step: Step, writer: TensorWriter) -> float:
+        """Read, quantize and write one weight; returns ``|W - quantized W| / |W|``."""
+        site, weight = self.plan.sites[step.name], self._weight(f"{step.name}.{step.key}")
+        method, spec = METHODS[site.scheme.method], site.scheme.weight
+        module = self.source.model.get_submodule(step.name)
+        layer = layer_class(module)
+        pairs = layer.pairs(module)
+        count = site.weights[step.key][0]
+        at_once = self.rows[(step.name, step.key)]
+        squares = torch.zeros(2, dtype=torch.float64)
+        whole = weight.make() if weight.entry is None else None
+        for begin in range(0, count, at_once):
+            matrix = _matrix(module, step.key, weight.make() if whole is None else whole)
+            piece = matrix[begin : begin + at_once].to(torch.float32, copy=True)
+            del matrix  # and with it the file's pages
+            try:
+                quantized = method.quantize(piece, spec, None, pairs)
+            except ValueError as error:
+                raise PlanError(f"{step.name}.{step.key}: cannot be quantized: {error}") from None
+            for name, part in parts(quantized, step.key).items():
+                writer.write(f"{step.name}.{name}", part, begin)
+            squares += _squares(piece, quantized)
+        # Rounded, since the last digits depend on the pieces.
+        return float(f"{float((squares[0] / squares[1]).sqrt()):.4g}") if squares[1] else 0.0
+
+    def _copy(self, step: Step, writer: TensorWriter) -> None:
+        """A tensor that stays as it is, or a buffer that is in no file."""
+        weight = self.source.weights.get(step.name)
+        if weight is None:
+            writer.write(step.name, self.source.model.get_buffer(step.name))
+            return
+        at_once = max(1, 4 * PIECE // max(1, math.prod(weight.shape[1:])))
+        whole = weight.make() if weight.entry is None or not weight.shape else None
+        for begin in range(0, weight.shape[0] if weight.shape else 1, at_once):
+            part = (weight.make() if whole is None else whole)[begin : begin + at_once] if weight.shape else whole
+            assert part is not None
+            writer.write(step.name, part, begin)
+
+    def _weight(self, name: str) -> Weight:
+        """The float weight of this name, which may be tied to the one that is in the files."""
+        if name in self.source.weights:
+            return self.source.weights[name]
+        tie = next(tie for tie in self.plan.ties if name in tie)
+        return next(self.source.weights[other] for other in tie if other in self.source.weights)
+
+    def _check_memory(self, step: Step) -> None:
+        taken = resident()
+        if self.limit is not None and taken > self.limit:
+            raise UnsupportedError(
+                f"{step.name}: the process takes {taken / 1e6:.0f} MB, max_ram is {self.limit / 1e6:.0f} MB. "
+                "What is done is kept: call again with more."
+            )
+
+    def _record(self) -> dict[str, Any] | None:
+        path = self.out / PROGRESS
+        if not path.is_file():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record["job"], str) or not all((self.out / name).is_file() for name in record["files"]):
+                raise ValueError("it names files that are not there")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: damaged: {error}; delete the folder {self.out}.") from None
+        return record
+
+    def _finish(self, names: list[str], files: list[list[Step]], errors: Mapping[str, float]) -> None:
+        copy_texts(self.source.folder, self.out)
+        config = read_config(self.source.folder)
+        if "dtype" not in config and "torch_dtype" not in config:
+            first = next(weight.dtype for weight in self.source.weights.values() if weight.dtype.is_floating_point)
+            config["dtype"] = str(first).removeprefix("torch.")
+        self._write(CONFIG, config_text(config, self.plan))
+        self._write(PLAN, text_of(self.plan))
+        self._write(REPORT, json.dumps({"weight_errors": dict(sorted(errors.items()))}, indent=1))
+        if len(names) == 1:
+            next_name(self.out, SINGLE).replace(self.out / SINGLE)
+        else:
+            places = {key: name for name, steps in zip(names, files, strict=True) for s in steps for key in s.tensors}
+            size = sum(self.tensors[key].nbytes for key in places)
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+            self._write(INDEX, json.dumps(index, indent=2))
+        (self.out / PROGRESS).unlink(missing_ok=True)
+
+    def _write(self, name: str, text: str) -> None:
+        path = next_name(self.out, name)
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        path.replace(self.out / name)
+
+
+def _plan(model: nn.Module, recipe: Recipe) -> Plan:
+    if recipe.needs_calibration:
+        raise UnsupportedError(
+            f"recipe {recipe.name!r} fixes input ranges by calibration, and a folder is quantized without data: "
+            "take a recipe with dynamic or float inputs, or load the model and use fewbit.quantize."
+        )
+    unread: dict[str, str] = {}
+    for name in recipe.transforms:
+        if TRANSFORMS[name].needs_graph:
+            unread[f"transform {name}"] = "it needs a calibration batch"
+        elif TRANSFORMS[name].find(model, None):
+            raise UnsupportedError(f"transform {name!r} changes this {type(model).__name__}: use fewbit.quantize.")
+    plan = make_plan(model, recipe)
+    return replace(plan, skipped={**plan.skipped, **unread})
+
+
+def _with_dtypes(tensors: Mapping[str, Tensor], source: Source) -> dict[str, Tensor]:
+    """What stays float in the dtype of the source."""
+    weights = source.weights
+    return {
+        name: torch.empty(tensor.shape, dtype=weights[name].dtype if name in weights else tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
+
+
+def _steps(plan: Plan, tensors: Mapping[str, Tensor]) -> list[Step]:
+    """Everything to be written, in the order of the layers."""
+    owners = {}
+    for name, site in plan.sites.items():
+        for key in site.weights:
+            owners.update(
+                {f"{name}.{part}": (name, key) for part in parts(empty(site.weights[key], site.scheme.weight), key)}
+            )
+    steps: dict[tuple[str, str], list[str]] = {}
+    for name in tensors:
+        steps.setdefault(owners.get(name, (name, "")), []).append(name)
+    return [Step(name, key, tuple(names)) for (name, key), names in steps.items()]
+
+
+def _files(steps: list[Step], tensors: Mapping[str, Tensor]) -> list[list[Step]]:
+    """The steps of each file, of about FILE bytes."""
+    files: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        own = sum(tensors[name].nbytes for name in step.tensors)
+        if files[-1] and size + own > FILE:
+            files.append([])
+            size = 0
+        files[-1].append(step)
+        size += own
+    return files
+
+
+def _file_names(count: int) -> list[str]:
+    return [SINGLE] if count == 1 else [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
+
+
+def _rows_at_once(step: Step, site: Site, source: Source, limit: int | None) -> int:
+    """How many rows of a weight are quantized at once; UnsupportedError if ``limit`` leaves no room for it."""
+    rows, columns = site.weights[step.key]
+    most = max(1, min(rows, PIECE // max(1, columns)))
+    least = 1 if by_rows(site.scheme.weight) else rows
+    if limit is None:
+        return max(most, least)
+    taken = resident()
+    room = limit - taken - FIXED
+    if room < least * columns * WORK:
+        needed = taken + FIXED + least * columns * WORK
+        raise UnsupportedError(
+            f"{step.name}.{step.key}: max_ram is {limit / 1e6:.0f} MB, of which the process takes {taken / 1e6:.0f} MB "
+            f"already; {least} of its {rows} rows need {needed / 1e6:.0f} MB. Give at least that."
+        )
+    return max(least, min(most, room // (columns * WORK)))
+
+
+def _matrix(module: nn.Module, key: str, weight: Tensor) -> Tensor:
+    """The weight as ``[rows, columns]``, by the layer type that knows how: a view of ``weight``."""
+    twin = copy.copy(module)
+    twin._parameters = {**module._parameters, key: nn.Parameter(weight, requires_grad=False)}
+    return layer_class(module).matrices(twin)[key]
+
+
+def _squares(weight: Tensor, quantized: QTensor) -> Tensor:
+    """Sums of squares of the error and of the weight."""
+    error = dequantize(quantized).sub_(weight)
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in (error, weight)])

@@ -1,0 +1,145 @@
+"""finetune: reproducible, never worse than quantizing on what is held out, and it leaves everything else alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fewbit
+from fewbit import CalibrationError, QuantSpec, Recipe, Rule, Scheme, Training, UnsupportedError, per_channel
+from fewbit.distillation import _Data, _distance
+
+LOW = Recipe(
+    "low",
+    (Rule("*", Scheme(QuantSpec("int4", per_channel(0)), QuantSpec("uint4", symmetric=False, observer="mse"), "mse")),),
+)
+
+
+def network(seed: int) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 5)).eval()
+    return model, list(torch.randn(256, 16).split(32))
+
+
+def held_out_error(model: nn.Module, candidate: nn.Module, batches: list[Tensor], settings: Training) -> float:
+    data = _Data(model, batches, settings)
+    with torch.no_grad():
+        pairs = [(candidate(batch), model(batch)) for batch in data.held_out]
+        return sum(float(_distance(*pair, settings.temperature)) for pair in pairs) / len(pairs)
+
+
+def equal(first: nn.Module, second: nn.Module) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_result_is_never_worse_than_its_start(seed: int) -> None:
+    model, batches = network(seed)
+    rate = 10.0 ** (seed % 4 - 3)  # the largest destroys the model
+    settings = Training(weight_rate=rate, step_rate=rate / 5, held_out=0.25, seed=seed)
+    data = _Data(model, batches, settings)
+    start = fewbit.quantize(model, LOW, data.calibration())
+    tuned = fewbit.finetune(model, LOW, batches, steps=30, training=settings)
+    before, after = (held_out_error(model, candidate, batches, settings) for candidate in (start, tuned))
+    assert after <= before * (1 + 1e-4)
+
+
+def test_training_helps() -> None:
+    model, batches = network(0)
+    settings = Training(weight_rate=0.02, held_out=0.25)
+    start = fewbit.quantize(model, LOW, _Data(model, batches, settings).calibration())
+    tuned = fewbit.finetune(model, LOW, batches, steps=300, training=settings)
+    before, after = (held_out_error(model, candidate, batches, settings) for candidate in (start, tuned))
+    assert after < 0.8 * before
+
+
+def test_the_same_seed_gives_the_same_model_and_touches_no_random_state() -> None:
+    model, batches = network(0)
+    state = torch.get_rng_state()
+    tuned = fewbit.finetune(model, LOW, batches, steps=20)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    assert equal(fewbit.finetune(model, LOW, batches, steps=20), tuned)
+    assert not equal(fewbit.finetune(model, LOW, batches, steps=20, training=Training(seed=1)), tuned)
+
+
+def test_model_is_unchanged_and_result_is_an_ordinary_quantized_model(cnn: nn.Module, images: list[Tensor]) -> None:
+    cnn.train()
+    before = copy.deepcopy(cnn.state_dict())
+    tuned = fewbit.finetune(cnn, "int8-static", images, steps=4)
+    assert cnn.training and all(torch.equal(cnn.state_dict()[name], before[name]) for name in before)
+    assert not tuned.training and fewbit.plan_of(tuned).recipe.name == "int8-static"
+    fewbit.lower(tuned, images[0])
+
+
+def test_all_forms_of_batches_are_taken(cnn: nn.Module, images: list[Tensor]) -> None:
+    data, labels = torch.cat(images), torch.arange(16) % 5
+    expected = fewbit.finetune(cnn, "int8-static", images, steps=3)
+    forms: list[Any] = [
+        iter(images),
+        [(x,) for x in images],
+        [{"x": x, "labels": y} for x, y in zip(images, labels.split(4), strict=True)],
+        DataLoader(TensorDataset(data, labels), batch_size=4),
+    ]
+    for form in forms:
+        assert equal(fewbit.finetune(cnn, "int8-static", form, steps=3), expected)
+
+
+def test_loss_gets_the_output_and_the_batch_with_its_labels() -> None:
+    model, inputs = network(1)
+    batches = [(x, torch.full((32,), 3)) for x in inputs]
+    seen = []
+
+    def loss(output: Tensor, batch: Any) -> Tensor:
+        seen.append(batch[1])
+        return nn.functional.cross_entropy(output, batch[1])
+
+    settings = Training(weight_rate=0.2, teacher=0.0)
+    tuned = fewbit.finetune(model, LOW, batches, steps=60, loss=loss, training=settings)
+    assert all(bool((labels == 3).all()) for labels in seen)
+    share = [float((m(torch.cat(inputs)).argmax(1) == 3).float().mean()) for m in (model, tuned)]
+    assert share[1] > share[0] + 0.3
+
+
+def test_batches_of_different_shapes_are_kept_as_they_are(tagger: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, 200, (3, length), generator=generator) for length in (5, 6, 7, 8)]
+    data = _Data(tagger, batches, Training())
+    stream = data.shuffled()
+    seen = [next(stream).shape[1] for _ in range(6)]
+    held = [batch.shape[1] for batch in data.held_out]
+    assert len(held) == 1 and sorted({*seen, *held}) == [5, 6, 7, 8] and not set(seen) & set(held)
+    fewbit.finetune(tagger, "int8-dynamic", batches, steps=2)
+
+
+def test_minutes_end_it() -> None:
+    model, batches = network(2)
+    fewbit.finetune(model, LOW, batches, minutes=0.02)
+
+
+def test_distance_of_logits_ignores_a_constant_and_that_of_features_does_not() -> None:
+    x = torch.randn(6, 5)
+    assert float(_distance(x + 3, x, 2.0)) == pytest.approx(0, abs=1e-5)
+    unit = nn.functional.normalize(x, dim=1)
+    assert float(_distance(unit + 3, unit, 2.0)) > 1
+    assert float(_distance({"a": x[None] * 1.1}, {"a": x[None]}, 2.0)) == pytest.approx(0.01, rel=1e-3)
+    masked = torch.where(torch.arange(5) == 2, -torch.inf, x)
+    assert float(_distance(masked, masked, 2.0)) == pytest.approx(0, abs=1e-6)
+
+
+def test_errors(cnn: nn.Module, images: list[Tensor]) -> None:
+    with pytest.raises(CalibrationError, match="found 1 batches, needs two at least"):
+        fewbit.finetune(cnn, "int8-static", [images[0][:1]], steps=1)
+    with pytest.raises(CalibrationError, match="found one Tensor, needs an iterable of batches"):
+        fewbit.finetune(cnn, "int8-static", images[0], steps=1)
+    integers = nn.Sequential(nn.Linear(8, 8))
+    integers.register_forward_hook(lambda module, args, y: y.long())
+    recipe = Recipe("all", (Rule("*", Scheme(QuantSpec("int8", per_channel(0)))),))
+    with pytest.raises(UnsupportedError, match="has no float tensor to compare"):
+        fewbit.finetune(integers, recipe, [torch.randn(4, 8)] * 2, steps=1)
