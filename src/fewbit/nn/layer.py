@@ -86,8 +86,7 @@ class QuantizedLayer(nn.Module):
         """Take over what is not quantized: biases and settings."""
 
     def _prepare(self) -> None:
-        """Keep what follows from the scheme and the buffers, so that a call need not find it out. To be called again when
-        buffers have changed. Tensors become buffers that are not persistent: no file has them."""
+        """Keep what follows from the scheme and the shapes, so that a call need not find it out."""
 
     def qtensor(self, name: str = "weight") -> QTensor:
         """The quantized weight of this name."""
@@ -114,7 +113,7 @@ class QuantizedLayer(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         super()._load_from_state_dict(*arguments)
-        self._prepare()
+        self._prepare()  # with assign=True dtypes may be others
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
         # model.half() and .to(torch.bfloat16) are for what is float by nature: scales are part of the codes' meaning.

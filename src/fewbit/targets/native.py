@@ -25,7 +25,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewbit.errors import CheckpointError, PlanError
-from fewbit.nn import QuantizedLayer
 from fewbit.pipeline import plan_of, skeleton
 from fewbit.plan import Plan
 from fewbit.source import CONFIG, INDEX, check_index, meta_model, weight_files
@@ -172,9 +171,8 @@ def slots(model: nn.Module) -> dict[str, tuple[nn.Module, str, Tensor]]:
     """Every parameter and buffer by name, those of shared modules under each of their names."""
     slots: dict[str, tuple[nn.Module, str, Tensor]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        derived = module._non_persistent_buffers_set if isinstance(module, QuantizedLayer) else set()
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in derived:
+            if tensor is not None:
                 slots[f"{prefix}.{name}" if prefix else name] = (module, name, tensor)
     return slots
 
@@ -266,9 +264,6 @@ def _fill(twin: nn.Module, checkpoint: Checkpoint) -> None:
             module._parameters[key] = filled[source]  # type: ignore[assignment]
         else:
             module._buffers[key] = filled.setdefault(source, tensors[source])
-    for module in twin.modules():
-        if isinstance(module, QuantizedLayer):
-            module._prepare()
 
 
 def _digest(content: bytes) -> str:
