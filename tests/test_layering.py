@@ -26,7 +26,7 @@ ORDER = (
     ("batches", "progress", "tensorfile"),
     ("calibration",),
     ("correction", "ranges"),
-    ("sensitivity",),
+    ("sensitivity", "sequential"),
     ("pipeline",),
     ("training",),
     ("lowering",),

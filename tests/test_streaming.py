@@ -129,9 +129,8 @@ def test_report_has_the_error_of_each_weight(source: Path, tmp_path: Path) -> No
     errors = json.loads((out / "report.json").read_text())["weight_errors"]
     plan = read_checkpoint(out).plan
     assert errors.keys() == {f"{name}.weight" for name in plan.sites if name != "lm_head"}
-    bits8 = errors.pop("model.embed_tokens.weight")
-    assert 0.002 < bits8 < 0.01
-    assert all(0.05 < error < 0.15 for error in errors.values())
+    tables = {name for name in errors if plan.sites[name.removesuffix(".weight")].type == "Embedding"}
+    assert all(errors[name] < 0.02 if name in tables else 0.05 < errors[name] < 0.15 for name in errors)
 
 
 def test_other_files_are_copied(source: Path, tmp_path: Path) -> None:
@@ -352,4 +351,4 @@ def test_memory_stays_below_the_limit(decoder: Callable[..., Any], tmp_path: Pat
         str(tmp_path / "out"),
     ]
     subprocess.run(command, check=True, timeout=300)
-    assert saved_bytes(tmp_path / "out") < 0.3 * saved_bytes(tmp_path / "hf")
+    assert saved_bytes(tmp_path / "out") < 0.5 * saved_bytes(tmp_path / "hf")

@@ -21,6 +21,7 @@ from fewbit.errors import (
     UnsupportedError,
 )
 from fewbit.hardware import Machine, probe
+from fewbit.huggingface import register_when_imported as _register_when_imported
 from fewbit.pipeline import plan_of, quantize
 from fewbit.plan import Plan, Recipe, Rule, load_recipe, make_plan, presets
 from fewbit.search import Answer, Trial, autoquantize
@@ -32,6 +33,8 @@ from fewbit.training import convert, prepare_qat
 from fewbit.verify import Budget, Comparison, Verdict, compare
 
 __version__ = "0.1.0"
+
+_register_when_imported()
 
 __all__ = [
     "PER_TENSOR",

@@ -1,16 +1,23 @@
-"""Quantized folders in transformers: importing this module makes `from_pretrained` read what fewbit wrote.
+"""Quantized folders in transformers: after ``import fewbit``, `from_pretrained` reads what fewbit wrote.
 
-    import fewbit.huggingface
+    import fewbit
     model = AutoModelForCausalLM.from_pretrained("out/")
 
-transformers finds readers of quantized folders in a table that is filled when they are imported. Without this import it
-warns of an unknown quantization type "fewbit" and makes weights up.
+transformers finds readers of quantized folders in a table of its own. fewbit enters itself there as soon as both are imported,
+in whichever order, and imports nothing of transformers before.
 """
 
 from __future__ import annotations
 
 import re
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -21,16 +28,51 @@ from fewbit.source import CONFIG
 from fewbit.targets.native import Checkpoint, check_fit, read_checkpoint, slots
 
 METHOD = "fewbit"
+TABLES = "transformers.quantizers.auto"
 
 
-def register() -> None:
-    """Enter fewbit in transformers' tables. UnsupportedError without transformers."""
+def register_when_imported() -> None:
+    """Enter fewbit in transformers' tables now if they are imported, else when they are."""
+    if TABLES in sys.modules:
+        _try_to_register()
+    elif not any(isinstance(finder, _AtImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AtImport())
+
+
+class _AtImport(MetaPathFinder):
+    """Finds the module of the tables where others find it, and registers once it has run."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != TABLES:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_register(module: ModuleType) -> None:
+                run(module)
+                _try_to_register()
+
+            spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _try_to_register() -> None:
     try:
-        from transformers.quantizers import auto
-        from transformers.quantizers.base import HfQuantizer
-        from transformers.utils.quantization_config import QuantizationConfigMixin
-    except ImportError:
-        raise UnsupportedError("fewbit.huggingface needs transformers: pip install 'fewbit[hf]'.") from None
+        _register()
+    except (ImportError, AttributeError) as error:
+        # Whoever imports transformers may not want fewbit at all.
+        warnings.warn(
+            f"from_pretrained will not read folders of fewbit: this transformers lacks {error}.", stacklevel=2
+        )
+
+
+def _register() -> None:
+    from transformers.quantizers import auto
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
     if METHOD in auto.AUTO_QUANTIZER_MAPPING:
         return
 
@@ -100,6 +142,3 @@ def tie(model: nn.Module, checkpoint: Checkpoint) -> None:
         if key in module._buffers:
             owner, other_key, _ = places[other]
             module._buffers[key] = owner._buffers[other_key]
-
-
-register()

@@ -25,9 +25,9 @@ from fewbit.progress import progress
 from fewbit.qtensor import QTensor, empty
 from fewbit.ranges import input_grids
 from fewbit.sensitivity import sensitive_ends
+from fewbit.sequential import Walk, Weights, find_walk, quantize_blocks, quantize_outside
 from fewbit.transforms import TRANSFORMS
 
-Weights = Mapping[str, Mapping[str, QTensor]]  # by site and parameter
 PLAN = "fewbit_plan"  # the attribute of a quantized model that holds its plan
 
 
@@ -92,24 +92,23 @@ def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, excl
     statistics: Statistics = {}
     graph: Graph | None = None
     again: list[Call] = []  # what an iterator gives only once
-    if (
-        batches is not None
-        and first is not None
-        and any(observers_of(site, twin.get_submodule(name)) for name, site in plan.sites.items())
-    ):
-        stream = itertools.chain([first], batches)
-        if isinstance(calibration, Iterator):
-            stream = itertools.chain(again := list(itertools.islice(stream, EXAMPLES)), stream)
+    walk = Walk({}, {}) if calibration is None else find_walk(twin, plan.sites)
+    observed = _beside(plan, walk)
+    stream = iter(()) if batches is None or first is None else itertools.chain([first], batches)
+    if isinstance(calibration, Iterator):
+        again = list(itertools.islice(stream, None if walk.names else EXAMPLES))
+        stream = itertools.chain(again, stream)
+    if first is not None and any(observers_of(site, twin.get_submodule(name)) for name, site in observed.sites.items()):
         # On a twin of its own: modules may count their calls or keep what they saw.
         graph, unread = _find_graph(twin_of(twin), plan, first)
-        statistics = calibrate(twin_of(twin), plan, stream, graph)
+        statistics = calibrate(twin_of(twin), observed, stream, graph)
         plan = _with_ends(_without_unreached(plan, statistics, twin), statistics)
         plan = replace(plan, skipped={**plan.skipped, **unread}, results=result_grids(plan, statistics, graph))
 
     def examples() -> Iterable[Call]:
         return again or calls(model, calibration)
 
-    rounded = _quantized_weights(twin, plan, statistics)
+    rounded = _walked_weights(twin, plan, statistics, walk, examples)
     shared = [] if graph is None else list(graph.inputs().values())
     grids = input_grids(twin, plan, statistics, shared, examples() if statistics else ())
     weights, biases = _corrected(twin, plan, rounded, grids, examples())
@@ -317,11 +316,30 @@ def _corrected(
     return correct(twin, plan, weights, grids, batches, plan.recipe.correction)
 
 
-def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics) -> dict[str, dict[str, QTensor]]:
-    result: dict[str, dict[str, QTensor]] = {}
-    # A tied weight is quantized once, with what its first layer saw.
-    done: dict[nn.Parameter, QTensor] = {}
-    for name, site in progress(plan.sites.items(), "quantizing"):
+def _beside(plan: Plan, walk: Walk) -> Plan:
+    """The plan with the sites alone that are not walked to."""
+    return replace(plan, sites={name: site for name, site in plan.sites.items() if name not in walk.names})
+
+
+def _walked_weights(
+    twin: nn.Module, plan: Plan, statistics: Statistics, walk: Walk, batches: Callable[[], Iterable[Call]]
+) -> Weights:
+    """All weights: those outside of blocks for the float layer's inputs, those in blocks for what the others make of them."""
+    known = quantize_outside(twin_of(twin), walk, batches()) if walk.outside else {}
+    weights = _quantized_weights(twin, _beside(plan, walk), statistics, known)
+    return weights | quantize_blocks(twin_of(twin), walk, weights, batches()) if walk.blocks else weights
+
+
+def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, known: Weights) -> Weights:
+    """The weights of the plan's sites and those already ``known``."""
+    result = dict(known)
+    # A tied weight is quantized once, with what the first layer saw that tells something of it.
+    done = {
+        twin.get_submodule(name)._parameters[key]: w for name, weights in known.items() for key, w in weights.items()
+    }
+    informed = sorted(plan.sites, key=lambda name: "second_moment" not in statistics.get(name, {}))
+    for name in progress(informed, "quantizing"):
+        site = plan.sites[name]
         module = twin.get_submodule(name)
         layer = layer_class(module)
         method = METHODS[site.scheme.method]

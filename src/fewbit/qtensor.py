@@ -45,7 +45,7 @@ class QTensor:
     @property
     def scale_values(self) -> Tensor:
         """The scales as float32."""
-        return dequantize(self.scale) if isinstance(self.scale, QTensor) else self.scale.to(torch.float32)
+        return scale_values(self.scale, self.spec)
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +64,7 @@ def quantize(x: Tensor, spec: QuantSpec, check: bool = True) -> QTensor:
 
 def quantize_with(x: Tensor, spec: QuantSpec, scale: Tensor | QTensor, zero_point: Tensor | None) -> QTensor:
     """Round ``x`` to the grid of these scales and zero points (as ``qparams`` returns them)."""
-    values = dequantize(scale) if isinstance(scale, QTensor) else scale
+    values = scale_values(scale, spec)
     if x.ndim == 2 and len(values) == len(x) and x.numel() > PIECE:  # no scale spans two rows: spare memory
         rows = max(1, PIECE // x.shape[1])
         packed = torch.cat(
@@ -102,7 +102,7 @@ def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
 def dynamic_qparams(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor | None]:
     """Scale values and zero point of x's own range, without looking at the data (a NaN in a block makes its scale NaN)."""
     scale, zero_point = qparams(*value_range(x, spec, check=False), spec, check=False)
-    return dequantize(scale) if isinstance(scale, QTensor) else scale, zero_point
+    return scale_values(scale, spec), zero_point
 
 
 def encode(x: Tensor, spec: QuantSpec, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -186,22 +186,33 @@ def qparams(low: Tensor, high: Tensor, spec: QuantSpec, check: bool = True) -> t
         exact = torch.maximum(-low, high) / min(-code_low, code_high)
     else:
         exact = (high - low) / (code_high - code_low)
-    dtype = cast(torch.dtype, getattr(torch, spec.scale_dtype))
-    limits = torch.finfo(dtype)
-    exact = torch.where(exact == 0, torch.ones_like(exact), exact.clamp(min=limits.tiny))
-    scale: Tensor | QTensor
-    if spec.scale is None:
-        scale = exact.to(dtype)
-        values = scale
-    else:
-        scale = quantize(exact.to(torch.float32), spec.scale, check)
-        values = dequantize(scale)
+    exact = torch.where(exact == 0, torch.ones_like(exact), exact)
+    scale = stored_scale(exact, spec, check)
     if spec.symmetric:
         return scale, None
+    values = scale_values(scale, spec)
     # A quantized scale may be smaller than the exact one, or 0.
     step = torch.where(values > 0, values, torch.ones_like(values)).to(torch.float64)
     zero_point = torch.round(code_low - low / step).clamp(code_low, code_high).to(spec.number.dtype)
     return scale, zero_point
+
+
+def stored_scale(exact: Tensor, spec: QuantSpec, check: bool = True) -> Tensor | QTensor:
+    """Positive scales as the spec keeps them."""
+    dtype = scale_dtype(spec)
+    exact = exact.clamp(min=torch.finfo(dtype).tiny)
+    return exact.to(dtype) if spec.scale is None else quantize(exact.to(torch.float32), spec.scale, check)
+
+
+def scale_values(scale: Tensor | QTensor, spec: QuantSpec) -> Tensor:
+    """What scales kept in this way are worth, as float32: those of two levels rounded to the dtype that the spec names."""
+    values = dequantize(scale, scale_dtype(spec)) if isinstance(scale, QTensor) else scale
+    return values.to(torch.float32)
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """The dtype that ``spec.scale_dtype`` names."""
+    return cast(torch.dtype, getattr(torch, spec.scale_dtype))
 
 
 def scale_shape(shape: torch.Size | tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:

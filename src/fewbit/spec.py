@@ -67,7 +67,8 @@ class QuantSpec:
     """How one tensor is quantized.
 
     ``observer`` names what chooses a static range in calibration; None takes the range of the tensor at hand (weights,
-    and dynamic activations). ``scale`` quantizes the scales themselves (two-level scales); else ``scale_dtype`` holds them.
+    and dynamic activations). ``scale_dtype`` holds the scales. ``scale`` quantizes them (two-level scales): what its codes
+    stand for is then rounded to ``scale_dtype``, so that kernels can hold it.
     """
 
     format: str

@@ -65,9 +65,9 @@ def quantize_folder(
 ) -> Path:
     """Quantize the Hugging Face folder ``source`` to the folder ``out`` without loading the model; returns ``out``.
 
-    ``out`` is read by ``fewbit.load(out)``, and by transformers' ``from_pretrained`` once ``fewbit.huggingface`` is
-    imported. ``recipe``, ``exclude``: as for ``quantize``; no data are used. ``max_ram``: the most memory that this
-    process may take, in bytes or as "6GB". A run that was interrupted goes on when it is called again.
+    ``out`` is read by ``fewbit.load(out)``, and by transformers' ``from_pretrained`` once fewbit is imported.
+    ``recipe``, ``exclude``: as for ``quantize``; no data are used. ``max_ram``: the most memory that this process may take, in
+    bytes or as "6GB". A run that was interrupted goes on when it is called again.
 
     Raises FewbitError, UnsupportedError or CheckpointError for a source that cannot be read (see ``open_source``),
     PlanError for a recipe that does not fit, CheckpointError if ``out`` cannot be written or holds something else,

@@ -51,19 +51,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         tokenizer_object=load_tokenizer(file), bos_token="<|im_start|>", eos_token="<|im_end|>"
     )
     tokenizer.save_pretrained(folder / "hf")
-    return folder / "hf", fewbit.quantize_folder(folder / "hf", folder / "out", "int4-weight-only", max_ram="3GB")
+    return folder / "hf", fewbit.quantize_folder(folder / "hf", folder / "out", "int4-symmetric", max_ram="3GB")
 
 
 def test_size_and_text(folders: tuple[Path, Path]) -> None:
     source, out = folders
-    assert saved_bytes(out) < 85e6 < 0.4 * saved_bytes(source)
+    assert saved_bytes(out) < 90e6 < 0.4 * saved_bytes(source)
     assert " Paris" in complete(out, PROMPT, 16)
 
 
 def test_transformers_and_compressed_tensors(folders: tuple[Path, Path], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import fewbit.huggingface
 
     _, out = folders
     batch = AutoTokenizer.from_pretrained(out)([PROMPT], return_tensors="pt")["input_ids"]
@@ -83,7 +81,7 @@ def test_llama_cpp_goes_on_with_the_same_tokens(folders: tuple[Path, Path], tmp_
 
     _, out = folders
     file = fewbit.export_folder(out, tmp_path / "model.gguf", "gguf")
-    assert file.stat().st_size < 85e6
+    assert file.stat().st_size < 92e6
     model: Any = fewbit.load(out).float()
     prompt = AutoTokenizer.from_pretrained(out)(PROMPT)["input_ids"]
     command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(prompt)]

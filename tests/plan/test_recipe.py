@@ -13,8 +13,8 @@ from fewbit import PER_TOKEN, PlanError, QuantSpec, Recipe, Rule, Scheme, load_r
 
 INT8 = Scheme(QuantSpec("int8", per_channel(0)))
 PRESETS = [
-    *("int4-compact", "int4-dynamic", "int4-int4-static", "int4-static", "int4-weight-only"),
-    *("int8-dynamic", "int8-static"),
+    *("int4-compact", "int4-dynamic", "int4-gptq", "int4-int4-static", "int4-static", "int4-symmetric"),
+    *("int4-weight-only", "int8-dynamic", "int8-static"),
 ]
 RULE: dict[str, Any] = {"pattern": "*", "scheme": {"weight": {"format": "int8"}}}
 

@@ -20,7 +20,7 @@ from fewbit.targets.compressed_tensors import export_compressed_tensors
 
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore")
-W4A16 = "int4-weight-only"
+W4A16 = "int4-symmetric"
 W8A8 = Recipe("w8a8", (Rule("type:Linear", Scheme(QuantSpec("int8", per_channel(0)), QuantSpec("int8", PER_TOKEN))),))
 
 

@@ -185,12 +185,12 @@ def test_other_models_and_tokenizers_are_refused(
         with pytest.raises(UnsupportedError, match=r"tokenizer.json: "):
             export_gguf(folder, tmp_path / "model.gguf")
     decoder("phi", vocab_size=512).save_pretrained(tmp_path / "phi")
-    fewbit.quantize_folder(tmp_path / "phi", tmp_path / "phi-out", "int4-weight-only")
+    fewbit.quantize_folder(tmp_path / "phi", tmp_path / "phi-out", "int4-symmetric")
     with pytest.raises(UnsupportedError, match="unknown architecture 'phi'"):
         export_gguf(tmp_path / "phi-out", tmp_path / "model.gguf")
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     decoder(vocab_size=512, rope_parameters=rope).save_pretrained(tmp_path / "rope")
-    fewbit.quantize_folder(tmp_path / "rope", tmp_path / "rope-out", "int4-weight-only")
+    fewbit.quantize_folder(tmp_path / "rope", tmp_path / "rope-out", "int4-symmetric")
     with pytest.raises(UnsupportedError, match="rotary embedding 'linear' is not written"):
         export_gguf(tmp_path / "rope-out", tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fewbit.methods.gptq import Gptq, Moments
 from fewbit.methods.method import Method
 from fewbit.methods.mse import MeanSquaredError
 from fewbit.methods.pair_safe import PairSafe
@@ -11,6 +12,7 @@ METHODS: dict[str, Method] = {
     "rtn": RoundToNearest(),
     "mse": MeanSquaredError(),
     "pair_safe": PairSafe(),
+    "gptq": Gptq(),
 }
 
-__all__ = ["METHODS", "MeanSquaredError", "Method", "PairSafe", "RoundToNearest"]
+__all__ = ["METHODS", "Gptq", "MeanSquaredError", "Method", "Moments", "PairSafe", "RoundToNearest"]

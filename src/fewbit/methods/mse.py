@@ -1,38 +1,29 @@
-"""Search of each block's range for the least squared error, as in OMSE (https://arxiv.org/abs/1902.06822)."""
+"""Search of each block's grid for the least squared error, as in OMSE (https://arxiv.org/abs/1902.06822)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fewbit.methods.blocks import Blocks, as_blocks, best_grid, best_option, total
 from fewbit.methods.method import Method
-from fewbit.qtensor import (
-    QTensor,
-    by_rows,
-    decode,
-    dequantize,
-    encode,
-    qparams,
-    quantize,
-    quantize_with,
-    reduce_blocks,
-    value_range,
-)
+from fewbit.qtensor import QTensor, by_rows, dequantize, pack, quantize, quantize_with, scale_values, stored_scale
 from fewbit.spec import QuantSpec
 
-PIECE = 2**18  # weights searched at once: they stay in the cache, and memory stays bounded
+PIECE = 2**17  # weights searched at once: they stay in the cache, and memory stays bounded
+STEPS = (0, -1, 1)  # by which the codes of scales are moved
 
 
 @dataclass(frozen=True)
 class MeanSquaredError(Method):
-    """For each block, the share of its range that minimizes ``sum importance * (w - quantized w)^2``.
+    """For each block, the scale and zero point that minimize ``sum importance * (w - quantized w)^2``.
 
-    ``shares`` are tried in order and the first of equals wins, so that the full range is kept where nothing is gained.
+    Scales of two levels are rounded when all of them are known, and then moved, with the zero points, by single steps. No
+    block is worse than on the grid of its range; with scales of two levels, no row, or no matrix if scales span rows.
     """
-
-    shares: tuple[float, ...] = (1.0, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.81, 0.78, 0.75, 0.7, 0.65, 0.6)
 
     @property
     def uses_importance(self) -> bool:
@@ -41,45 +32,89 @@ class MeanSquaredError(Method):
     def quantize(
         self, weight: Tensor, spec: QuantSpec, importance: Tensor | None = None, pairs: tuple[Tensor, ...] = ()
     ) -> QTensor:
-        low, high = value_range(weight, spec)
-        importance = weight.new_ones(1, 1) if importance is None else torch.atleast_2d(importance)
-        rows = len(weight)
-        if len(low) == rows:  # no scale spans two rows: search piece by piece
-            rows = max(1, PIECE // max(1, weight.shape[1]))
-        best = [
-            self._best_shares(
-                weight[begin : begin + rows],
-                spec,
-                low[begin : begin + rows],
-                high[begin : begin + rows],
-                importance[begin : begin + rows] if len(importance) > 1 else importance,
-            )
-            for begin in range(0, len(weight), max(1, rows))
-        ]
-        share = torch.cat(best) if best else torch.ones_like(low)
-        found = quantize_with(weight, spec, *qparams(low * share, high * share, spec))
+        plain = quantize(weight, spec)
+        if weight.numel() == 0:
+            return plain
+        h = None if importance is None else torch.atleast_2d(importance)
+        shape = plain.scale_values.shape
+        grids = [best_grid(blocks, spec) for blocks in _pieces(weight, h, spec)]
+        scale, zero = (torch.cat(parts).reshape(shape) for parts in zip(*grids, strict=True))
+        kept = stored_scale(scale, spec)
+        if isinstance(kept, QTensor):
+            index, zero = _choose(weight, h, spec, [(moved(kept, step), zero) for step in STEPS])
+            kept = moved(kept, torch.tensor(STEPS)[index])
+        else:
+            assert isinstance(plain.scale, Tensor)
+            ranged = torch.zeros_like(zero) if plain.zero_point is None else plain.zero_point.to(zero.dtype)
+            index, zero = _choose(weight, h, spec, [(plain.scale, ranged), (kept, zero)])
+            kept = torch.where(index == 0, plain.scale, kept)
+        found = quantize_with(weight, spec, kept, None if spec.symmetric else zero.to(spec.number.dtype))
         if spec.scale is None:
             return found
-        # Rounding the scales may undo what the search gained.
-        plain = quantize(weight, spec)
-        if not by_rows(spec):
-            errors = [((dequantize(q) - weight).square() * importance).sum() for q in (found, plain)]
-            return found if bool(errors[0] <= errors[1]) else plain
-        errors = [((dequantize(q) - weight).square() * importance).sum(1, keepdim=True) for q in (found, plain)]
-        share = torch.where(errors[0] <= errors[1], share, 1.0)
-        return quantize_with(weight, spec, *qparams(low * share, high * share, spec))
+        errors = [_errors(q, weight, h) for q in (found, plain)]
+        if by_rows(spec):
+            return _rows_of(errors[0] <= errors[1], found, plain)
+        return found if float(errors[0].sum()) <= float(errors[1].sum()) else plain
 
-    def _best_shares(self, weight: Tensor, spec: QuantSpec, low: Tensor, high: Tensor, importance: Tensor) -> Tensor:
-        # The search is on exact scales: those of two levels are known only when all blocks are chosen.
-        spec = replace(spec, scale=None)
-        best_error = torch.full_like(low, torch.inf)
-        best_share = torch.ones_like(low)
-        for share in self.shares:
-            scale, zero_point = qparams(low * share, high * share, spec)
-            assert isinstance(scale, Tensor)
-            rounded = decode(encode(weight, spec, scale, zero_point), spec, scale, zero_point)
-            error = reduce_blocks((rounded - weight).square() * importance, spec.granularity)
-            better = error < best_error
-            best_error = torch.where(better, error.to(best_error.dtype), best_error)
-            best_share = torch.where(better, share, best_share)
-        return best_share
+
+def _choose(
+    weight: Tensor, h: Tensor | None, spec: QuantSpec, options: list[tuple[Tensor | QTensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """For each block which option is best, and its zero point moved to the best one nearby."""
+    flat = [(scale_values(scale, spec).reshape(-1), zero.reshape(-1)) for scale, zero in options]
+    chosen, begin = [], 0
+    for blocks in _pieces(weight, h, spec):
+        end = begin + blocks.w.shape[1]
+        chosen.append(best_option(blocks, spec, [(scale[begin:end], zero[begin:end]) for scale, zero in flat]))
+        begin = end
+    index, zero = (torch.cat(parts).reshape(options[0][1].shape) for parts in zip(*chosen, strict=True))
+    return index, zero
+
+
+def moved(scale: QTensor, step: int | Tensor) -> QTensor:
+    """Quantized scales whose codes are moved, none of them out of its range or to a scale of zero."""
+    number = scale.spec.number
+    if not number.is_integer:
+        return scale
+    low, high = number.bound(scale.spec.symmetric)
+    codes = (scale.codes.to(torch.int32) + step).clamp(int(low), int(high)).to(number.dtype)
+    return replace(scale, packed=pack(codes, number))
+
+
+def _pieces(weight: Tensor, h: Tensor | None, spec: QuantSpec) -> Iterator[Blocks]:
+    """All blocks, a bounded number of weights at a time if no block spans two rows."""
+    granularity = spec.granularity
+    by_row = granularity.kind in ("token", "group") or (granularity.kind == "channel" and granularity.axis % 2 == 0)
+    rows = max(1, PIECE // weight.shape[1]) if by_row else len(weight)
+    for begin in range(0, len(weight), rows):
+        part = weight[begin : begin + rows]
+        of_part = h if h is None or len(h) == 1 else h[begin : begin + rows]
+        yield Blocks(
+            as_blocks(part, granularity),
+            None if of_part is None else as_blocks(of_part.expand(part.shape), granularity),
+        )
+
+
+def _errors(q: QTensor, weight: Tensor, h: Tensor | None) -> Tensor:
+    """``sum h (w - quantized w)^2`` of each row."""
+    e = (dequantize(q) - weight).square().T
+    return total(e if h is None else e * h.T)
+
+
+def _rows_of(first: Tensor, q: QTensor, other: QTensor) -> QTensor:
+    """The rows of ``q`` where ``first``, of ``other`` elsewhere."""
+
+    def rows(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(first[:, None], a, b)
+
+    scale: Tensor | QTensor
+    if isinstance(q.scale, QTensor):
+        assert isinstance(other.scale, QTensor)
+        scale = _rows_of(first, q.scale, other.scale)
+    else:
+        assert isinstance(other.scale, Tensor)
+        scale = rows(q.scale, other.scale)
+    zero_point = q.zero_point
+    if zero_point is not None and other.zero_point is not None:
+        zero_point = rows(zero_point, other.zero_point)
+    return replace(q, packed=rows(q.packed, other.packed), scale=scale, zero_point=zero_point)

