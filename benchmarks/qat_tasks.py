@@ -82,6 +82,7 @@ def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tenso
 def fashion_mnist() -> Case:
     model = of_example("fashion_mnist").task().model
     from data import read  # the example's
+
     from fetch import fetched
 
     folder = fetched("dataset-fashion-mnist") / "usr" / "share" / "datasets" / "fashion-mnist"
