@@ -7,22 +7,22 @@ All models if none is named; rows of the others stay in the file, which is writt
 what is in it. Data: see ``qat_tasks``.
 
 Accuracy: each candidate is made and evaluated in a fresh process, on all cores. All train for the same number of steps on
-batches from the same data, with AdamW, a warm-up and a cosine, towards the float model's outputs, without labels: ``finetune``
-with its defaults, and the loop below for peers, whose learning rates are the best of RATES by the loss on the batches trained
-on (nobody's evaluation is looked at). The float model itself has nothing to learn from its own outputs. What it would gain from labels
-in as many steps is "FP32 with labels"; "fewbit QAT with labels" is to be compared with that. ``seconds`` and ``peak MB`` are
-from the float model and the data in memory to the trained model. ``simulated``: the share of outputs with the same top-1 in
-the student and in what it is converted to; ``lowered``: the score on fewbit's integer kernels. MiniLM has no classes: its
-top-1 is the nearest other sentence.
+batches of the same data, with AdamW, a warm-up and a cosine, towards the float model's outputs, without labels: ``finetune``
+with its defaults, and the loop below for peers, with the learning rate that is best for them (RATES). A float model has
+nothing to learn from its own outputs; what it gains from labels in as many steps is "FP32 with labels", to be compared with
+"fewbit QAT with labels" alone. ``seconds`` and ``peak MB`` are from the float model and the data in memory to the trained
+model. ``simulated``: the share of outputs whose top-1 is the same in the student and in what it is converted to. ``lowered``:
+the score on fewbit's integer kernels. MiniLM has no classes: its top-1 is the nearest other sentence.
 
-Step: forward, backward and update of batches of one size, in turns in one process, medians; the memory that five of them take
-beyond model, optimizer and data, in fresh processes.
+Step: forward, backward and update on one batch, in turns in one process, medians; and the memory that five of them take
+beyond model, gradients, optimizer and data, in fresh processes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import functools
 import gc
 import io
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 import fewbit
 from cnn import forget_peak, memory
-from measure import RESULTS, in_turns, kl_and_flips, options, write
+from measure import ISA, RESULTS, in_turns, kl_and_flips, options, write
 from peers import QAT
 from qat_tasks import CASES, Case, call
 
@@ -117,9 +117,9 @@ def with_labels(output: Tensor, batch: Any) -> Tensor:
 
 
 def calibration(case: Case) -> list[Any]:
-    """The first CALIBRATION examples, without labels."""
+    """CALIBRATION examples or a few less, without labels."""
     if isinstance(case.batches[0], dict):
-        return case.batches[: CALIBRATION // 32]
+        return case.batches[:: math.ceil(len(case.batches) * BATCH["MiniLM"] / CALIBRATION)]  # short and long texts
     return list(torch.cat([images for images, _ in case.batches])[:CALIBRATION].split(100))
 
 
@@ -222,11 +222,12 @@ def student_of(bits: str, case: Case) -> nn.Module:
 
 
 def step_memory(bits: str, model_name: str) -> dict[str, Any]:
-    """Beyond model, optimizer and data: five steps after a first one."""
+    """Of five steps after a first one."""
     case = CASES[model_name]()
     step = step_of(student_of(bits, case), case)
     step()
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free is not to be taken from what is in use
     forget_peak()
     loaded = memory("VmRSS")
     for _ in range(5):
@@ -295,7 +296,7 @@ def main() -> None:
     flags = {name: name.lower() for name in CASES}
     chosen = options(__doc__, *flags.values(), "resume")
     named = [name for name, flag in flags.items() if getattr(chosen, flag.replace("-", "_"))] or list(CASES)
-    file = RESULTS / "qat.json"
+    file = RESULTS / f"qat{'' if ISA == 'native' else '-' + ISA}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() and not chosen.quick else []
     if not chosen.resume:
         rows = [row for row in rows if row["model"] not in named]

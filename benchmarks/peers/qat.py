@@ -36,7 +36,7 @@ def pt2e_config(weight_bits: int, input_bits: int) -> Any:
 
 
 def torchao_pt2e(model: nn.Module, calibration: Sequence[Any], bits: str, train: Train) -> nn.Module:
-    """torchao's PT2E for x86. The first and the last layer have 8 bits. Batch norm is part of the convolutions, as PT2E does it."""
+    """torchao's PT2E for x86, the first and the last layer in 8 bits. Norms are part of the convolutions, as they are."""
     from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
