@@ -49,7 +49,9 @@ from peers import QAT
 from qat_tasks import CASES, Case, call
 
 STEPS = {"Fashion-MNIST": 200, "ResNet-20": 300, "MiniLM": 150}
-RECIPES = {"W8A8": "int8-static", "W4A8": "int4-static", "W4A4": "int4-int4-static"}
+BITS = ("W8A8", "W4A8", "W4A4")
+STATIC = {"W8A8": "int8-static", "W4A8": "int4-static", "W4A4": "int4-int4-static"}
+DYNAMIC = {"W8A8": "int8-dynamic", "W4A8": "int4-dynamic", "W4A4": "int4-dynamic"}
 CALIBRATION = 1000  # examples, as in finetune
 BATCH = {"Fashion-MNIST": 64, "ResNet-20": 64, "MiniLM": 32}
 FLOAT, LABELS, PTQ, OURS, OURS_LABELS = (
@@ -59,7 +61,12 @@ FLOAT, LABELS, PTQ, OURS, OURS_LABELS = (
     "fewbit QAT",
     "fewbit QAT with labels",
 )
-RATES = {LABELS: 1e-5, "torchao PT2E QAT": 1e-4, "torchao QAT": 1e-4}
+# Found by trials of 30 to 80 steps, judged on batches of the training data that were left out.
+RATES = {
+    LABELS: {"": 1e-5},
+    "torchao PT2E QAT": {"W8A8": 1e-5, "W4A8": 1e-5, "W4A4": 1e-3},
+    "torchao QAT": {"W8A8": 1e-5, "W4A8": 1e-4, "W4A4": 1e-4},
+}
 Loss = Callable[[Any, Any], Tensor]  # of the output and the batch
 SECONDS = 15.0  # for the steps of each model
 TRIAL = 12  # steps with --quick
@@ -68,9 +75,25 @@ TRIAL = 12  # steps with --quick
 def candidates(model_name: str) -> list[tuple[str, str]]:
     """What, and the bits."""
     peer = "torchao QAT" if model_name == "MiniLM" else "torchao PT2E QAT"
-    pairs = [(what, bits) for bits in RECIPES for what in (PTQ, OURS, peer)]
+    pairs = [(what, bits) for bits in BITS for what in (PTQ, OURS, peer)]
     labelled = [] if model_name == "MiniLM" else [(LABELS, ""), (OURS_LABELS, "W8A8"), (OURS_LABELS, "W4A4")]
     return [(FLOAT, ""), *labelled[:1], *pairs, *labelled[1:]]
+
+
+def recipe(bits: str, case: Case) -> fewbit.Recipe:
+    """Of a CNN the ranges of inputs are fixed; of MiniLM they are found on the fly, as torchao's are (no preset: W4A4)."""
+    if case.is_classifier:
+        return fewbit.load_recipe(STATIC[bits])
+    preset = fewbit.load_recipe(DYNAMIC[bits])
+    if bits != "W4A4":
+        return preset
+    rules = [
+        replace(rule, scheme=replace(rule.scheme, input=replace(rule.scheme.input, format="int4")))
+        if rule.scheme is not None and rule.scheme.input is not None
+        else rule
+        for rule in preset.rules
+    ]
+    return replace(preset, name="int4-int4-dynamic", rules=tuple(rules))
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -134,18 +157,18 @@ def made(what: str, bits: str, case: Case, steps: int) -> tuple[nn.Module, nn.Mo
     if what == FLOAT:
         return case.model, None
     if what == PTQ:
-        return fewbit.quantize(case.model, RECIPES[bits], calibration(case)), None
+        return fewbit.quantize(case.model, recipe(bits, case), calibration(case)), None
     if what in QAT:
-        train = functools.partial(distil, case=case, steps=steps, rate=RATES[what])
+        train = functools.partial(distil, case=case, steps=steps, rate=RATES[what][bits])
         return QAT[what](case.model, calibration(case), bits, train), None
     if what == LABELS:
         model = copy.deepcopy(case.model)
-        distil(model, case, steps, RATES[what], with_labels)
+        distil(model, case, steps, RATES[what][bits], with_labels)
         return model, None
     # finetune does not hand out the student.
     with mock.patch("fewbit.distillation.convert", kept):
         loss = with_labels if "labels" in what else None
-        model = fewbit.finetune(case.model, RECIPES[bits], case.batches, steps=steps, loss=loss)
+        model = fewbit.finetune(case.model, recipe(bits, case), case.batches, steps=steps, loss=loss)
     return model, students[0]
 
 
@@ -180,12 +203,12 @@ def accuracy(what: str, bits: str, model_name: str, float_file: Path, quick: boo
     row["error"] = float((outputs - before).norm() / before.norm())
     if what != PTQ:
         row |= {"steps": steps, "batch": BATCH[model_name]}
-        row["learning rate"] = RATES.get(what)
+        row["learning rate"] = RATES.get(what, {}).get(bits)
     row |= {"seconds": seconds, "loaded MB": loaded, "peak MB": peak}
     if student is not None:
         simulated = case.outputs(student.eval())
         row["simulated"] = float((case.top(simulated) == case.top(outputs)).double().mean())
-    if what in (PTQ, OURS, OURS_LABELS):
+    if what in (PTQ, OURS, OURS_LABELS) and case.is_classifier:
         row |= lowered(model, case)
     return row
 
@@ -217,7 +240,7 @@ def step_of(model: nn.Module, case: Case) -> Callable[[], None]:
 
 
 def student_of(bits: str, case: Case) -> nn.Module:
-    model = case.model if not bits else fewbit.prepare_qat(case.model, RECIPES[bits], calibration(case)[:2])
+    model = case.model if not bits else fewbit.prepare_qat(case.model, recipe(bits, case), calibration(case)[:2])
     return model.train()
 
 

@@ -36,21 +36,41 @@ def pt2e_config(weight_bits: int, input_bits: int) -> Any:
 
 
 def torchao_pt2e(model: nn.Module, calibration: Sequence[Any], bits: str, train: Train) -> nn.Module:
-    """torchao's PT2E for x86, the first and the last layer in 8 bits. Norms are part of the convolutions, as they are."""
+    """torchao's PT2E for x86. As in fewbit's recipes the first and the last layer have 8 bits, and so have the values that are
+    added and pooled. Batch norm is part of the convolutions, with the statistics that it has."""
     from torchao.quantization.pt2e import move_exported_model_to_eval
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
+    from torchao.quantization.pt2e.quantizer.quantizer import QuantizationSpec
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
+    eight = pt2e_config(8, 8)
+
+    class Quantizer(X86InductorQuantizer):  # type: ignore[misc]
+        def annotate(self, graph: Any) -> Any:
+            graph = super().annotate(graph)
+            for node in graph.graph.nodes:
+                found = node.meta.get("quantization_annotation")
+                if found is not None and node.target not in (
+                    torch.ops.aten.conv2d.default,
+                    torch.ops.aten.linear.default,
+                ):
+                    for source, spec in found.input_qspec_map.items():
+                        if isinstance(spec, QuantizationSpec):
+                            found.input_qspec_map[source] = eight.input_activation
+            return graph
+
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
-    quantizer = X86InductorQuantizer().set_global(pt2e_config(*BITS[bits]))
+    quantizer = Quantizer().set_global(pt2e_config(*BITS[bits]))
     for name in (layers[0], layers[-1]):
-        quantizer.set_module_name_qconfig(name, pt2e_config(8, 8))
-    example = calibration[0][:2]
+        quantizer.set_module_name_qconfig(name, eight)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Not strict, the graph of a model with a shared ReLU module is one that the quantizer refuses.
         program = torch.export.export(
-            copy.deepcopy(model).train(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=True
+            copy.deepcopy(model).train(),
+            (calibration[0][:2],),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            strict=True,
         )
         prepared = prepare_qat_pt2e(program.module(check_guards=False), quantizer)
         move_exported_model_to_eval(prepared)
