@@ -324,17 +324,24 @@ def main() -> None:
     if not chosen.resume:
         rows = [row for row in rows if row["model"] not in named]
 
+    busy: list[str] = []
+
     def add(found: list[dict[str, Any]]) -> None:
         places = [("accuracy", name, *pair) for name in CASES for pair in candidates(name)]
+        for row in found:
+            print(json.dumps(row), flush=True)
         rows.extend(found)
         rows.sort(key=lambda row: places.index(place(row)) if place(row) in places else len(places))
-        with contextlib.redirect_stdout(io.StringIO()):  # the table is for the end
+        with contextlib.redirect_stdout(io.StringIO()) as said:  # too wide a table
             write("qat", rows, keep=not chosen.quick)
+        busy[:] = said.getvalue().splitlines()[-1:]
 
     for name in named[:1] if chosen.quick else named:
         done = {place(row) for row in rows}
         with tempfile.TemporaryDirectory() as folder:
             for what, bits in candidates(name):
+                if chosen.quick and bits not in ("", "W4A4"):
+                    continue
                 if what != FLOAT and ("accuracy", name, what, bits) in done:
                     continue
                 print(f"{name}: {what} {bits}", file=sys.stderr)
@@ -346,7 +353,7 @@ def main() -> None:
         if ("step", name, FLOAT, "") not in done:
             print(f"{name}: steps", file=sys.stderr)
             add(steps_of(name, chosen.quick))
-    write("qat", rows, keep=not chosen.quick)
+    print(*busy)
 
 
 if __name__ == "__main__":

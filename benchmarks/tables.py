@@ -190,6 +190,8 @@ FILES = {
 def rendered(name: str) -> str:
     table, _, limit = name.partition("-")  # linear-avx2: the run that was limited to AVX2
     file = "-".join([FILES.get(table, table), *[limit] * bool(limit)])
+    if not (RESULTS / f"{file}.json").exists():
+        return f"Not measured yet: `benchmarks/{file}.py`"
     data = json.loads((RESULTS / f"{file}.json").read_text())
     head, *body = TABLES[table](data["rows"])
     lines = [head, ["---"] * len(head), *body]
