@@ -77,16 +77,16 @@ _began: list[tuple[float, float, float]] = []  # when options() was called
 
 
 def _processor_seconds() -> tuple[float, float, float]:
-    """Seconds that the machine's processors, and those for this process, were busy; and the time."""
-    own = os.times()
+    """Seconds that the machine's processors were busy, and for this process and those that it waited for; and the time."""
+    own = sum(os.times()[:4])
     try:
         fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
         everyone = (sum(fields[:8]) - fields[3] - fields[4]) / os.sysconf(
             "SC_CLK_TCK"
         )  # all but idle and waiting for a disk
     except OSError:
-        everyone = own.user + own.system
-    return everyone, own.user + own.system, time.perf_counter()
+        everyone = own
+    return everyone, own, time.perf_counter()
 
 
 def _others_busy() -> float:

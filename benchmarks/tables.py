@@ -115,6 +115,37 @@ def cnnlatency(rows: list[dict[str, Any]]) -> list[list[str]]:
     return speed(shown, ("model", "batch", "threads"), ("what",), "ms")
 
 
+def qat(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """What is lost, and how much of what rounding alone loses training gives back where that is more than chance."""
+    table = [
+        ["model", "", "bits", "score", "lost (95 %)", "given back", "KL to float", "top-1 changed", "time", "memory"]
+    ]
+    rows = [row for row in rows if row["part"] == "accuracy"]
+    rounded = {(row["model"], row["bits"]): row for row in rows if row["what"] == "fewbit PTQ"}
+    for row in rows:
+        line = [row["model"], row["what"], row["bits"], f"{row['score']:.4g}", *[""] * 6]
+        if "drop" in row:
+            line[4] = f"{row['drop']:.2g} ({row['low']:.2g} to {row['high']:.2g})"
+            line[6] = f"{row['KL']:.2g}" if "KL" in row else ""
+            line[7] = f"{row['flips']} of {row['examples']}"
+            line[8:] = [f"{row['seconds']:.0f} s", f"{row['peak MB'] - row['loaded MB']:.0f} MB"]
+        start = rounded.get((row["model"], row["bits"]))
+        if start and row is not start and start["low"] > 0:
+            line[5] = f"{100 * (1 - row['drop'] / start['drop']):.0f} %"
+        table.append(line)
+    return table
+
+
+def qatstep(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A step of the student beside one of the float model."""
+    table = [["model", "bits", "batch", "ms", "x FP32", "MB", "x FP32"]]
+    for row in rows:
+        if row["part"] == "step":
+            times = [f"{row['ms']:.0f}", f"{row['x FP32']:.2f}", f"{row['step MB']:.0f}", f"{row['memory x FP32']:.2f}"]
+            table.append([row["model"], row["bits"] or "FP32", str(row["batch"]), *times])
+    return table
+
+
 def ablation(rows: list[dict[str, Any]]) -> list[list[str]]:
     table = [["model", "", "top-1 %", "lost", "KL to float", "top-1 changed"]]
     for row in rows:
@@ -146,14 +177,18 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "avx2": avx2,
     "cnn": cnn,
     "cnnlatency": cnnlatency,
+    "qat": qat,
+    "qatstep": qatstep,
 }
 # Where a table has another name than its file.
-FILES = {"memory": "linear", "avx2": "avx2_engines", "cnnlatency": "cnn"}
+FILES = {"memory": "linear", "avx2": "avx2_engines", "cnnlatency": "cnn", "qatstep": "qat"}
 
 
 def rendered(name: str) -> str:
     table, _, limit = name.partition("-")  # linear-avx2: the run that was limited to AVX2
     file = "-".join([FILES.get(table, table), *[limit] * bool(limit)])
+    if not (RESULTS / f"{file}.json").exists():
+        return f"Not measured yet: `benchmarks/{file}.py`"
     data = json.loads((RESULTS / f"{file}.json").read_text())
     head, *body = TABLES[table](data["rows"])
     lines = [head, ["---"] * len(head), *body]

