@@ -28,7 +28,6 @@ EXAMPLES = {
     "minilm": ("Spearman", 1.0, 0.002),
     "g2p_gru": ("word accuracy %", 100.0, 0.3),
     "resemblyzer": ("cosine to FP32", 1.0, 0.001),
-    "smollm2": ("perplexity", 1.0, None),
 }
 RECIPES = {"minilm": ("int8-dynamic", "int8-static"), "g2p_gru": ("int8-dynamic",), "resemblyzer": ("int8-dynamic",)}
 
@@ -37,26 +36,11 @@ def score(name: str, task: fewbit.Task, model: nn.Module) -> float:
     """The metric for people."""
     assert task.evaluate is not None
     scores = torch.as_tensor(task.evaluate(model))
-    return float(torch.exp(-scores.mean())) if name == "smollm2" else EXAMPLES[name][1] * float(scores.mean())
+    return EXAMPLES[name][1] * float(scores.mean())
 
 
 def candidates(name: str, task: fewbit.Task) -> dict[str, Any]:
     """What to measure beside float: name to a function that makes the model."""
-    if name == "smollm2":
-        recipe = fewbit.load_recipe("int4-weight-only")
-        plain = fewbit.Recipe(
-            "rtn",
-            tuple(
-                fewbit.Rule(rule.pattern, fewbit.Scheme(rule.scheme.weight), rule.min_weights, rule.optional)
-                for rule in recipe.rules
-                if rule.scheme is not None
-            ),
-        )
-        return {
-            "fewbit int4 g32 rtn": lambda: fewbit.quantize(task.model, plain),
-            "fewbit int4 g32 mse": lambda: fewbit.quantize(task.model, recipe),
-            "fewbit int4 g32 mse, calibrated": lambda: fewbit.quantize(task.model, recipe, task.calibration),
-        }
     made: dict[str, Any] = {
         f"fewbit {recipe}": functools.partial(fewbit.quantize, task.model, recipe, task.calibration)
         for recipe in RECIPES[name]
@@ -79,7 +63,7 @@ def measure(name: str) -> list[dict[str, Any]]:
         seconds = time.perf_counter() - began
         found = score(name, task, model)
         row: dict[str, Any] = {"model": name, "metric": metric, "what": what, "score": found}
-        row["drop"] = (found - float_score) if name == "smollm2" else (float_score - found)
+        row["drop"] = float_score - found
         row["allowed"] = allowed if what.startswith("fewbit") else None
         row["seconds"] = seconds
         rows.append(row)

@@ -146,6 +146,16 @@ def qatstep(rows: list[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
+def llm(rows: list[dict[str, Any]]) -> list[list[str]]:
+    texts = ("Austen", "Brown")
+    table = [["", *texts, "KL to float", "same token", "bits", "size", "time", "peak memory"]]
+    for row in rows:
+        line = [f"{row[f'perplexity {text}']:.2f} (+{row[f'{text} %']:.1f} %)" for text in texts]
+        line += [f"{row['KL']:.3f}", f"{row['same top-1 %']:.1f} %", f"{row['bits']:.2f}", f"{row['MB']:.1f} MB"]
+        table.append([row["what"], *line, f"{row['seconds']:.0f} s", f"{row['peak MB'] / 1e3:.2f} GB"])
+    return table
+
+
 def ablation(rows: list[dict[str, Any]]) -> list[list[str]]:
     table = [["model", "", "top-1 %", "lost", "KL to float", "top-1 changed"]]
     for row in rows:
@@ -179,6 +189,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "cnnlatency": cnnlatency,
     "qat": qat,
     "qatstep": qatstep,
+    "llm": llm,
 }
 # Where a table has another name than its file.
 FILES = {"memory": "linear", "avx2": "avx2_engines", "cnnlatency": "cnn", "qatstep": "qat"}

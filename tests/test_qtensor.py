@@ -329,16 +329,21 @@ def test_encode_gives_a_block_of_scale_zero_the_code_of_zero() -> None:
     assert encode(torch.ones(2, 2), spec, torch.tensor([[0.0], [1.0]]), None).tolist() == [[0, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("name", ["int4", "nf4"])
+@pytest.mark.parametrize(("name", "per_word"), [("int4", 8), ("nf4", 8), ("int6", 5)])
 @pytest.mark.parametrize("length", range(1, 18))
-def test_unpack_is_the_inverse_of_pack(name: str, length: int) -> None:
+def test_unpack_is_the_inverse_of_pack(name: str, per_word: int, length: int) -> None:
     torch.manual_seed(length)
     number = FORMATS[name]
-    codes = torch.randint(number.code_min, number.code_min + 16, (3, 2, length)).to(number.dtype)
+    codes = torch.randint(number.code_min, number.code_min + 2**number.bits, (3, 2, length)).to(number.dtype)
     packed = pack(codes, number)
     assert (packed.shape, packed.dtype) == (packed_shape((3, 2, length), number), packed_dtype(number))
-    assert packed.shape == (3, 2, -(-length // 8))
+    assert packed.shape == (3, 2, -(-length // per_word))
     assert torch.equal(unpack(packed, number, (3, 2, length)), codes)
+
+
+def test_six_bits_go_five_to_a_word() -> None:
+    packed = pack(torch.tensor([[-32, -31, 0, 1, 31, 2]], dtype=torch.int8), FORMATS["int6"])
+    assert packed.tolist() == [[0 | 1 << 6 | 32 << 12 | 33 << 18 | 63 << 24, 34]]
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def by_rows(spec: QuantSpec) -> bool:
 
 def packed_shape(shape: tuple[int, ...], number: Format) -> tuple[int, ...]:
     """The shape of the packed codes of a tensor of this shape."""
-    return shape if number.bits == 8 else (*shape[:-1], -(-shape[-1] * number.bits // 32))
+    return shape if number.bits == 8 else (*shape[:-1], -(-shape[-1] // (32 // number.bits)))
 
 
 def packed_dtype(number: Format) -> torch.dtype:
@@ -273,7 +273,8 @@ def packed_dtype(number: Format) -> torch.dtype:
 
 
 def pack(codes: Tensor, number: Format) -> Tensor:
-    """Codes to storage. 4-bit codes go eight to an int32 along the last axis, the first in the lowest bits, as code - code_min.
+    """Codes to storage. As many codes as fit whole go to an int32 along the last axis, eight of 4 bits or five of 6, the first
+    in the lowest bits, as code - code_min.
 
     Layout of compressed-tensors' pack-quantized format. The last word is filled up with zero bits.
     """
@@ -297,7 +298,7 @@ def unpack(packed: Tensor, number: Format, shape: tuple[int, ...]) -> Tensor:
 
 
 def _shifts(number: Format, device: torch.device) -> Tensor:
-    return torch.arange(0, 32, number.bits, device=device)
+    return torch.arange(0, 32 // number.bits * number.bits, number.bits, device=device)
 
 
 def _working(x: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ SPECS = {
     "int4-group": QuantSpec("int4", per_group(8), scale_dtype="bfloat16"),
     "int4-short-group": QuantSpec("int4", per_group(7), symmetric=False),
     "nf4": QuantSpec("nf4", per_group(16)),
+    "int6": QuantSpec("int6", per_channel(0)),
+    "int6-two-level": QuantSpec("int6", per_group(32), symmetric=False, scale=QuantSpec("int8", per_channel(0))),
 }
 INPUTS = {
     "float": None,
@@ -148,19 +150,41 @@ def test_a_layer_that_changes_computes_as_it_is_then(weight: QuantSpec, spec: Qu
     assert layer.weight_only().scheme.input is None and layer.weight_only()._numbers is not None
 
 
-def test_new_weights_are_used() -> None:
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("name", ["int8", "int6", "int6-two-level"])
+def test_new_weights_are_used(name: str, assign: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 30)
-    first, second = (quantized(nn.Linear(30, 12), INT8, INPUTS["token"], x) for _ in range(2))
+    first, second = (quantized(nn.Linear(30, 12), SPECS[name], INPUTS["token"], x) for _ in range(2))
     with torch.no_grad():
         expected = second(x)
+        assert not torch.equal(first(x), expected)
         assert torch.equal(torch.func.functional_call(first, second.state_dict(), (x,)), expected)
-        first.load_state_dict(second.state_dict(), assign=True)
+        first.load_state_dict(second.state_dict(), assign=assign)
         assert torch.equal(first(x), expected)
-        # Scales of a dtype that no kernel takes.
-        half = {name: value.half() if name == "weight_scale" else value for name, value in second.state_dict().items()}
-        first.load_state_dict(half, assign=True)
-        torch.testing.assert_close(first(x), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_scales_of_a_dtype_that_no_kernel_takes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 30)
+    layer = quantized(nn.Linear(30, 12), INT8, INPUTS["token"], x)
+    half = {name: value.half() if name == "weight_scale" else value for name, value in layer.state_dict().items()}
+    with torch.no_grad():
+        expected = layer(x)
+        layer.load_state_dict(half, assign=True)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_six_bit_codes_are_widened_once_and_not_pickled() -> None:
+    x = torch.randn(3, 30)
+    layer = quantized(nn.Linear(30, 12), SPECS["int6"], None, x)
+    size = len(pickle.dumps(layer))
+    with torch.no_grad():
+        layer(x)
+    codes, scale = layer._for_kernels()
+    assert codes.dtype == torch.int8 and torch.equal(codes, layer.qtensor().codes)
+    assert layer._for_kernels()[0] is codes and layer._for_kernels()[1] is scale is layer.weight_scale
+    assert len(pickle.dumps(layer)) == size
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7, 8])

@@ -23,6 +23,7 @@ SPECS = {
     "int4-rows": QuantSpec("int4", per_channel(0)),
     "int4-groups": QuantSpec("int4", per_group(4), symmetric=False),
     "nf4-groups": QuantSpec("nf4", per_group(5), scale_dtype="bfloat16"),
+    "int6-rows": QuantSpec("int6", per_channel(0)),
     "two-level-rows": QuantSpec("int8", per_channel(0), scale=QuantSpec("int8")),
     "two-level-tensor": QuantSpec("int8", PER_TENSOR, scale=QuantSpec("int8")),
     "two-level-columns": QuantSpec("int8", per_channel(1), scale=QuantSpec("int8")),

@@ -32,6 +32,7 @@ WEIGHTS = {
     "int4-one-group": QuantSpec("int4", per_group(64), symmetric=False),
     "int4-two-level": QuantSpec("int4", per_group(16), scale=QuantSpec("int8", per_channel(0))),
     "nf4-groups": QuantSpec("nf4", per_group(16)),
+    "int6-rows": QuantSpec("int6", per_channel(0)),
 }
 INPUTS = {
     "token": QuantSpec("int8", PER_TOKEN),
@@ -48,7 +49,7 @@ INPUTS = {
     "bfloat16-scales": QuantSpec("int8", PER_TOKEN, scale_dtype="bfloat16"),
 }
 OTHER_WEIGHTS = {"int8-tensor", "int8-tensor-asymmetric", "int8-columns", "int8-groups-of-16", "int4-groups-of-16"}
-OTHER_WEIGHTS |= {"int4-two-level", "nf4-groups"}
+OTHER_WEIGHTS |= {"int4-two-level", "nf4-groups", "int6-rows"}
 KERNEL_WEIGHTS = [spec for name, spec in WEIGHTS.items() if name not in OTHER_WEIGHTS]
 EVERY_WEIGHT = pytest.mark.parametrize("weight_spec", WEIGHTS.values(), ids=WEIGHTS.keys())
 OPERATOR_WEIGHTS = {name: WEIGHTS[name] for name in ("int8-rows", "int8-rows-asymmetric", "int4-groups-asymmetric")}

@@ -10,6 +10,7 @@ from fewbit.formats.integer import Integer
 FORMATS: dict[str, Format] = {
     "int8": Integer("int8", 8, signed=True, narrow=True),
     "uint8": Integer("uint8", 8, signed=False),
+    "int6": Integer("int6", 6, signed=True),
     "int4": Integer("int4", 4, signed=True),
     "uint4": Integer("uint4", 4, signed=False),
     "nf4": Codebook("nf4", 4, NF4_VALUES),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -44,27 +45,36 @@ class Linear(QuantizedLayer):
 
     def _prepare(self) -> None:
         weight = self.qtensor()
-        self._kept: tuple[Tensor, Tensor, int, Tensor] | None = None
-        self._two_levels = isinstance(weight.scale, QTensor)
-        if self._two_levels:  # kernels read scales of one level
+        # Kernels read scales of one level, and 6-bit codes as bytes.
+        self._two_levels, self._six_bits = isinstance(weight.scale, QTensor), weight.spec.format == "int6"
+        self._sources = [name for name in self._buffers if name.startswith("weight_") and name != "weight_zero_point"]
+        self._kept: tuple[list[Tensor], list[int], tuple[Tensor, Tensor]] | None = None
+        if self._two_levels:
             values = torch.empty(weight.scale.shape, dtype=scale_dtype(weight.spec), device="meta")
             weight = replace(weight, scale=values, spec=replace(weight.spec, scale=None))
+        if self._six_bits:
+            weight = replace(weight, spec=replace(weight.spec, format="int8"))
         self._numbers = numbers_of(weight, self.scheme.input, self.activation)
 
-    def _scale_values(self) -> Tensor:
-        """What scales of two levels stand for, as kernels read them. Kept while the buffers stay as they are: whoever loads
-        or moves a model need not know."""
-        codes, steps = self._buffers["weight_scale_packed"], self._buffers["weight_scale_scale"]
-        assert codes is not None and steps is not None
-        version = 0 if codes.is_inference() else codes._version
+    def _for_kernels(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales as kernels read them. Kept while the buffers stay as they are: whoever loads or moves a model need
+        not know."""
+        sources = [self.get_buffer(name) for name in self._sources]
+        versions = [0 if x.is_inference() else x._version for x in sources]
         kept = self._kept
-        if kept is not None and kept[0] is codes and kept[1] is steps and kept[2] == version:
-            return kept[3]
+        if kept is not None and versions == kept[1] and all(map(operator.is_, sources, kept[0])):
+            return kept[2]
         weight = self.qtensor()
-        values = weight.scale_values.to(scale_dtype(weight.spec))
+        codes = weight.codes if self._six_bits else weight.packed
+        scale = (
+            weight.scale_values.to(scale_dtype(weight.spec)) if self._two_levels else self.get_buffer("weight_scale")
+        )
         if not torch.compiler.is_compiling():
-            self._kept = (codes, steps, version, values)
-        return values
+            self._kept = (sources, versions, (codes, scale))
+        return codes, scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @property
     def weight(self) -> Tensor:
@@ -78,9 +88,11 @@ class Linear(QuantizedLayer):
             return linear(input, self.qtensor(), self.bias, self.scheme.input, *grid, activation=self.activation)
         # The dicts: nn.Module finds attributes slowly, and at batch 1 that is time.
         buffers: dict[str, Any] = self._buffers
-        scale = self._scale_values() if self._two_levels else buffers["weight_scale"]
-        packed, zero_point = buffers["weight_packed"], buffers.get("weight_zero_point")
-        return call(input, packed, scale, zero_point, self._parameters["bias"], numbers)
+        if self._two_levels or self._six_bits:
+            packed, scale = self._for_kernels()
+        else:
+            packed, scale = buffers["weight_packed"], buffers["weight_scale"]
+        return call(input, packed, scale, buffers.get("weight_zero_point"), self._parameters["bias"], numbers)
 
     def extra_repr(self) -> str:
         activation = "" if self.activation == "none" else f", {self.activation}"

@@ -1,7 +1,7 @@
 """GGUF, the format of llama.cpp: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-Blocks of 32 weights of a row with scales in float16. Symmetric int4 becomes Q4_0, asymmetric Q4_1, int8 a row Q8_0: the codes
-as they are, the scales rounded to float16. llama.cpp rounds activations to 8 bits, so that its numbers differ a little.
+Blocks of 32 weights of a row with scales in float16. Symmetric int4 becomes Q4_0, asymmetric Q4_1, int8 and int6 a row Q8_0:
+the codes as they are, the scales rounded to float16. llama.cpp rounds activations to 8 bits, so that its numbers differ a little.
 """
 
 from __future__ import annotations
@@ -106,12 +106,12 @@ def _encoded(name: str, weight: Tensor | QTensor, order: Tensor | None) -> tuple
         return weight.contiguous().view(torch.uint8).numpy(), "BF16"
     spec, (rows, columns) = weight.spec, weight.shape
     grouped = spec.granularity.kind == "group" and spec.granularity.group_size % BLOCK == 0
-    known = (spec.format == "int4" and grouped) or (spec.format == "int8" and spec.symmetric)
+    known = (spec.format == "int4" and grouped) or (spec.format in ("int8", "int6") and spec.symmetric)
     if not known or spec.scale is not None or columns % BLOCK or spec.granularity.kind == "tensor":
         raise UnsupportedError(
             f"{name}: found {spec.format} per {spec.granularity.kind}, {columns} columns; GGUF gets int4 in groups of a "
-            f"multiple of {BLOCK}, or symmetric int8, with scales in one level, and rows of a multiple of {BLOCK}. Recipe "
-            "int4-symmetric makes such weights."
+            f"multiple of {BLOCK}, or symmetric int8 or int6, with scales in one level, and rows of a multiple of {BLOCK}. "
+            "Recipe int4-symmetric makes such weights."
         )
     codes, scale = weight.codes, weight.scale_values
     zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
@@ -124,7 +124,7 @@ def _encoded(name: str, weight: Tensor | QTensor, order: Tensor | None) -> tuple
             f"{name}: a scale of {float(scale.max()):g} is beyond float16, which GGUF keeps scales in."
         )
     codes = codes.view(rows, blocks, BLOCK)
-    if spec.format == "int8":
+    if spec.format != "int4":
         return _bytes(rows, scale, codes), "Q8_0"
     unsigned = (codes + 8).to(torch.uint8)  # the first half of a block in the low bits, the second in the high bits
     packed = unsigned[..., : BLOCK // 2] | (unsigned[..., BLOCK // 2 :] << 4)
