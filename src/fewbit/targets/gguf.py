@@ -1,7 +1,8 @@
 """GGUF, the format of llama.cpp: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 Blocks of 32 weights of a row with scales in float16. Symmetric int4 becomes Q4_0, asymmetric Q4_1, int8 and int6 a row Q8_0:
-the codes as they are, the scales rounded to float16. llama.cpp rounds activations to 8 bits, so that its numbers differ a little.
+the codes as they are, the scales rounded to float16. llama.cpp rounds activations to 8 bits, so that its numbers differ a
+little.
 """
 
 from __future__ import annotations
