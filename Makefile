@@ -33,7 +33,7 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 
 bench: .venv/bench .venv/kernels
-	for script in accuracy footprint checkpoint ablation cnn qat; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in accuracy footprint checkpoint ablation cnn qat llm; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	for script in linear recurrent encoder "decode --compile"; do \
 	  set -- $$script; name=$$1; shift; \
 	  $(BIN)/python benchmarks/$$name.py $$@ && $(BIN)/python benchmarks/$$name.py $$@ --isa avx2 || exit 1; \

@@ -1,9 +1,10 @@
-"""Quantizing a language model folder to folder: minutes, peak memory, size; and the same files after a kill.
+"""Quantizing a language model folder to folder: minutes, peak memory, size, tokens a second; the same files after a kill.
 
     python benchmarks/llm_stream.py --shape 7b --folder /path/with/20GB
 
 Random weights in the shapes of Llama 7B, 3B, 1B or 0.5B, bfloat16, in shards of at most 2 GB. The run that is killed and called
-again takes as long once more; --once leaves it out. Nothing is written to results/ but for the 7B.
+again takes as long once more; --once leaves it out. Decoding: TOKENS tokens one after the other, beside transformers with the
+bfloat16 model, each in a fresh process. Nothing is written to results/ but for the 7B.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 
 from fewbit.tensorfile import TensorWriter
+from measure import write
 
 # vocabulary, hidden, intermediate, layers, heads, key-value heads
 SHAPES = {
@@ -33,6 +36,7 @@ SHAPES = {
 }
 SHARD = 2 * 10**9
 ROWS = 2**22  # weights that are drawn at once
+TOKENS = 8
 
 
 def make_model(folder: Path, shape: tuple[int, ...]) -> int:
@@ -108,6 +112,27 @@ def child(source: str, out: str, recipe: str, max_ram: str | None) -> None:
     print(json.dumps({"minutes": seconds / 60, "peak GB": peak / 1e9}))
 
 
+def decode(folder: str) -> None:
+    """Seconds that each token takes after the first."""
+    import fewbit
+
+    if (Path(folder) / "plan.json").is_file():
+        model = fewbit.load(folder)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    times = []
+    tokens, cache = torch.tensor([[1, 2, 3, 4]]), None
+    with torch.inference_mode():
+        for _ in range(TOKENS + 1):
+            began = time.perf_counter()
+            output = model(tokens, past_key_values=cache, use_cache=True)
+            cache, tokens = output.past_key_values, output.logits[:, -1:].argmax(2)
+            times.append(time.perf_counter() - began)
+    print(json.dumps({"tokens/s": 1 / statistics.median(times[1:])}))
+
+
 def hashes(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.iterdir()):
@@ -130,7 +155,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--once", action="store_true", help="without the run that is killed")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--decode", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
+    if chosen.decode:
+        decode(chosen.decode)
+        return
     if chosen.child:
         child(*chosen.child, chosen.max_ram)
         return
@@ -169,9 +198,11 @@ def main() -> None:
         subprocess.run([*command, str(killed), chosen.recipe], check=True, stdout=subprocess.DEVNULL, env=environment)
         figures["minutes after the kill"] = (time.perf_counter() - began) / 60
         figures["same files"] = hashes(whole) == hashes(killed)
-    print(json.dumps(figures, indent=1))
-    if chosen.shape == "7b":
-        (Path(__file__).parent / "results" / "llm_stream.json").write_text(json.dumps(figures, indent=1))
+    for what, folder in (("BF16 tokens/s", source), ("tokens/s", whole)):
+        command = [sys.executable, __file__, "--decode", str(folder)]
+        result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        figures[what] = json.loads(result.stdout.splitlines()[-1])["tokens/s"]
+    write("llm_stream", [figures], keep=chosen.shape == "7b")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "BENCHMARKS.md")
+DOCUMENTS = ("README.md", "BENCHMARKS.md", "docs/quantize-a-7b-on-a-laptop.md", "docs/how-many-bits.md")
 
 
 def accuracy(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -156,6 +156,16 @@ def llm(rows: list[dict[str, Any]]) -> list[list[str]]:
     return table
 
 
+def llm_stream(rows: list[dict[str, Any]]) -> list[list[str]]:
+    table = [["", "from", "to", "time", "peak memory", "time after the kill", "same files", "tokens/s", "BF16"]]
+    for row in rows:
+        sizes = [f"{row['source GB']:.2f} GB", f"{row['out GB']:.2f} GB", f"{row['minutes']:.1f} min"]
+        again = [f"{row['minutes after the kill']:.1f} min", "yes" if row["same files"] else "NO"]
+        rates = [f"{row[key]:.2f}" for key in ("tokens/s", "BF16 tokens/s")]
+        table.append([f"{row['model']}, {row['recipe']}", *sizes, f"{row['peak GB']:.2f} GB", *again, *rates])
+    return table
+
+
 def ablation(rows: list[dict[str, Any]]) -> list[list[str]]:
     table = [["model", "", "top-1 %", "lost", "KL to float", "top-1 changed"]]
     for row in rows:
@@ -190,6 +200,7 @@ TABLES: dict[str, Callable[[list[dict[str, Any]]], list[list[str]]]] = {
     "qat": qat,
     "qatstep": qatstep,
     "llm": llm,
+    "llm_stream": llm_stream,
 }
 # Where a table has another name than its file.
 FILES = {"memory": "linear", "avx2": "avx2_engines", "cnnlatency": "cnn", "qatstep": "qat"}

@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from typer.testing import CliRunner
 import fewbit
 from fewbit.cli import app, main
 from fewbit.ops import native
+from fewbit.texts import read_windows
 
 TASK = """
 import torch
@@ -138,6 +141,25 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = fewbit.quantize(model, "int4-weight-only")(tokens).logits
         assert torch.equal(loaded(tokens).logits, expected)
+
+
+def test_a_text_calibrates_and_judges_a_folder(
+    decoder: Callable[..., Any], write_tokenizer: Callable[[Path], None], tmp_path: Path
+) -> None:
+    decoder(vocab_size=512, dtype=torch.float32).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().encode("ascii", "ignore").decode())
+    arguments = ["--recipe", "int4-gptq", "--out", tmp_path / "out", "--text", text]
+    code, output = invoke("quantize", tmp_path / "hf", *arguments)
+    assert code == 0, output
+    expected = fewbit.quantize(
+        fewbit.load_task(tmp_path / "hf").model, "int4-gptq", read_windows(tmp_path / "hf", text)
+    )
+    found = fewbit.load(tmp_path / "out")
+    assert all(torch.equal(x, found.state_dict()[name]) for name, x in expected.state_dict().items())
+    code, output = invoke("compare", tmp_path / "hf", tmp_path / "out", "--text", text)
+    assert code == 0 and "KL" in output
 
 
 def test_help_names_the_verbs() -> None:

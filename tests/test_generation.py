@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import fewbit
-from fewbit import CheckpointError, UnsupportedError
+from fewbit import FewbitError, UnsupportedError
 from fewbit.generation import complete
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -37,7 +37,7 @@ def test_a_text_goes_on(out: Path) -> None:
 def test_no_tokenizer(out: Path) -> None:
     for file in out.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(CheckpointError, match="has no tokenizer that transformers can read"):
+    with pytest.raises(FewbitError, match="has no tokenizer that transformers can read"):
         complete(out, "w7")
 
 

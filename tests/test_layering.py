@@ -23,7 +23,7 @@ ORDER = (
     ("graph",),
     ("transforms", "nn"),
     ("plan",),
-    ("batches", "progress", "tensorfile"),
+    ("batches", "processes", "progress", "tensorfile"),
     ("calibration",),
     ("correction", "ranges"),
     ("sensitivity", "sequential"),
@@ -31,6 +31,7 @@ ORDER = (
     ("training",),
     ("lowering",),
     ("source",),
+    ("placing",),
     ("targets",),
     ("verify",),
     ("distillation",),
@@ -40,7 +41,8 @@ ORDER = (
     ("search",),
     ("streaming",),
     ("task",),
-    ("huggingface", "generation"),
+    ("texts",),
+    ("huggingface", "kvcache", "generation"),
     ("",),  # the package itself
     ("cli",),
 )

@@ -22,6 +22,7 @@ from fewbit.errors import (
 )
 from fewbit.hardware import Machine, probe
 from fewbit.huggingface import register_when_imported as _register_when_imported
+from fewbit.kvcache import int8_cache
 from fewbit.pipeline import plan_of, quantize
 from fewbit.plan import Plan, Recipe, Rule, load_recipe, make_plan, presets
 from fewbit.search import Answer, Trial, autoquantize
@@ -66,6 +67,7 @@ __all__ = [
     "export",
     "export_folder",
     "finetune",
+    "int8_cache",
     "load",
     "load_recipe",
     "load_task",

@@ -16,6 +16,7 @@ from fewbit.methods import METHODS
 from fewbit.nn import layer_class
 from fewbit.observers import OBSERVERS, Observer, SecondMoment, State
 from fewbit.plan import Plan, Site
+from fewbit.processes import gathered
 from fewbit.progress import progress
 from fewbit.qtensor import qparams
 from fewbit.spec import QuantSpec
@@ -28,7 +29,8 @@ def calibrate(model: nn.Module, plan: Plan, batches: Iterable[Call], graph: Grap
     """What the plan's sites need to know of their inputs, and with a graph what its other values need.
 
     ``model`` is the float twin of the plan, ``graph`` its graph; batches of other shapes than the graph's are seen by the
-    sites alone. CalibrationError if the model fails on a batch or a value is not finite.
+    sites alone. Processes that share the work get the statistics of all their batches. CalibrationError if the model fails on a
+    batch or a value is not finite.
     """
     watching = _Watching(model, plan, graph)
     for number, call in enumerate(progress(batches, "calibrating")):
@@ -41,7 +43,7 @@ def calibrate(model: nn.Module, plan: Plan, batches: Iterable[Call], graph: Grap
         if names:
             with watching.sites(names):
                 run(model, call, f"calibration batch {number}")
-    return watching.statistics
+    return watching.merged(gathered(watching.statistics))
 
 
 def observers_of(site: Site, module: nn.Module) -> dict[str, Observer]:
@@ -106,6 +108,17 @@ class _Watching:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def merged(self, parts: list[Statistics]) -> Statistics:
+        """The statistics of several streams, one after the other."""
+        first, *others = parts
+        for other in others:
+            for name, states in other.items():
+                known = first.setdefault(name, {})
+                for key, state in states.items():
+                    observer = self._observer if key == "result" else self._observers[name][key]
+                    known[key] = observer.merge(known[key], state) if key in known else state
+        return first
 
     def _see(self, node: Node, value: Tensor) -> None:
         for name in self._readers.get(node, ()):

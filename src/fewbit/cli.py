@@ -18,6 +18,7 @@ from fewbit.ops import native
 from fewbit.report import make_folder, write_report, write_text
 from fewbit.search.answer import FLOAT
 from fewbit.targets import read_checkpoint, saved_bytes
+from fewbit.texts import read_windows, text_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=fewbit.__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -55,10 +56,12 @@ def quantize(
     out: Annotated[Path, typer.Option(help="folder for the quantized model")],
     exclude: Exclude = None,
     max_ram: Annotated[str | None, typer.Option(help='for a folder: the most memory to take, like "6GB"')] = None,
+    text: Annotated[Path | None, typer.Option(help="for a folder: a text file to calibrate with")] = None,
 ) -> None:
     """Quantize a model and save it; a Hugging Face folder piece by piece, in little memory."""
     if source.is_dir():
-        folder = fewbit.quantize_folder(source, out, recipe, exclude or (), max_ram)
+        calibration = None if text is None else read_windows(source, text)
+        folder = fewbit.quantize_folder(source, out, recipe, exclude or (), max_ram, calibration)
         plan = read_checkpoint(folder).plan
     else:
         task = fewbit.load_task(source)
@@ -116,9 +119,10 @@ def compare(
     checkpoint: Annotated[Path, typer.Argument(help="folder of a model that fewbit saved from this task")],
     max_drop: Annotated[float | None, typer.Option(help="judge the drop against this budget")] = None,
     out: Annotated[Path | None, typer.Option(help="write the figures to this JSON file")] = None,
+    text: Annotated[Path | None, typer.Option(help="of a language model's folder: a text file to judge by")] = None,
 ) -> None:
     """Measure a saved quantized model beside its float one."""
-    task = fewbit.load_task(source)
+    task = fewbit.load_task(source) if text is None else text_task(source, text)
     batches = [task.example_inputs] if task.calibration is None else task.calibration
     if batches == [None]:
         raise FewbitError(f"{source}: compare needs a task with calibration batches or example_inputs.")

@@ -7,26 +7,21 @@ from typing import Any
 
 import torch
 
-from fewbit.errors import CheckpointError, UnsupportedError
+from fewbit.errors import UnsupportedError
 from fewbit.targets import load
+from fewbit.texts import read_tokenizer
 
 
 def complete(folder: str | Path, prompt: str, tokens: int = 64) -> str:
     """``prompt`` and what the model adds to it, ``tokens`` tokens at most, always the most probable one.
 
-    CheckpointError for a folder that has no quantized model or no tokenizer, UnsupportedError for a model that does not
-    generate.
+    CheckpointError for a folder that has no quantized model, FewbitError for one without a tokenizer, UnsupportedError for a
+    model that does not generate.
     """
     model: Any = load(folder)
     if not hasattr(model, "generate"):
         raise UnsupportedError(f"{folder}: a {type(model).__name__} does not generate text.")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # Whatever tokenizers make of files that are missing or damaged.
-    except Exception as error:
-        raise CheckpointError(f"{folder}: has no tokenizer that transformers can read: {error}") from error
+    tokenizer = read_tokenizer(folder)
     batch = tokenizer(prompt, return_tensors="pt")
     with torch.inference_mode():
         made = model.generate(

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fewbit.methods import METHODS
 from fewbit.nn import QuantizedLayer, Student, float_class, input_placeholder, layer_class
 from fewbit.observers import SecondMoment
 from fewbit.plan import Plan, Recipe, load_recipe, make_plan
+from fewbit.processes import count, gathered, sharing
 from fewbit.progress import progress
 from fewbit.qtensor import QTensor, empty
 from fewbit.ranges import input_grids
@@ -36,6 +38,7 @@ def quantize(
     recipe: str | Path | Recipe,
     calibration: Any = None,
     exclude: Iterable[str] = (),
+    group: Any = None,
 ) -> nn.Module:
     """A quantized copy of ``model``, in eval mode. ``model`` itself is not changed.
 
@@ -43,9 +46,14 @@ def quantize(
     ``calibration``: an iterable of batches (see ``fewbit.batches.calls``); recipes with static ranges need it, others use
     it if it is given and the method can. ``exclude``: patterns of layers to leave in float (see ``Rule``).
 
+    ``group``: processes of torch.distributed (``torch.distributed.group.WORLD``) that share the work. Each calls this with the
+    same model and its own part of the calibration batches; each gets what one process gets of all of them, in the order of
+    ranks.
+
     Raises PlanError (recipe or weights), CalibrationError (data), UnsupportedError (a model that cannot be copied).
     """
-    made = decide(model, recipe, calibration, exclude)
+    with sharing(group):
+        made = decide(model, recipe, calibration, exclude)
     layers = {
         name: layer_class(module := made.twin.get_submodule(name))(
             module, site.scheme, made.weights[name], made.grids[name]
@@ -85,7 +93,8 @@ def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, excl
         raise CalibrationError(f"recipe {recipe.name!r} fixes input ranges: it needs calibration batches.")
     batches = None if calibration is None else calls(model, calibration)
     twin = twin_of(model)
-    first = next(batches) if batches is not None else None
+    own = next(batches) if batches is not None else None
+    first = gathered(own)[0]
     twin, places, unread = _find_transforms(twin, recipe, first)
     plan = make_plan(twin, recipe)
     plan = replace(plan, transforms=places, skipped={**plan.skipped, **unread})
@@ -93,8 +102,8 @@ def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, excl
     graph: Graph | None = None
     again: list[Call] = []  # what an iterator gives only once
     walk = Walk({}, {}) if calibration is None else find_walk(twin, plan.sites)
-    observed = _beside(plan, walk)
-    stream = iter(()) if batches is None or first is None else itertools.chain([first], batches)
+    observed = beside(plan, walk)
+    stream = iter(()) if batches is None or own is None else itertools.chain([own], batches)
     if isinstance(calibration, Iterator):
         again = list(itertools.islice(stream, None if walk.names else EXAMPLES))
         stream = itertools.chain(again, stream)
@@ -105,20 +114,25 @@ def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, excl
         plan = _with_ends(_without_unreached(plan, statistics, twin), statistics)
         plan = replace(plan, skipped={**plan.skipped, **unread}, results=result_grids(plan, statistics, graph))
 
-    def examples() -> Iterable[Call]:
+    def own_examples() -> Iterable[Call]:
         return again or calls(model, calibration)
 
-    rounded = _walked_weights(twin, plan, statistics, walk, examples)
+    def examples() -> Iterable[Call]:
+        if count() == 1:
+            return own_examples()
+        return itertools.chain.from_iterable(gathered(list(itertools.islice(own_examples(), EXAMPLES))))
+
+    rounded = _walked_weights(twin, plan, statistics, walk, own_examples)
     shared = [] if graph is None else list(graph.inputs().values())
     grids = input_grids(twin, plan, statistics, shared, examples() if statistics else ())
-    weights, biases = _corrected(twin, plan, rounded, grids, examples())
+    weights, biases = _corrected(twin, plan, rounded, grids, examples)
     if recipe.sensitive is not None and statistics:
         static = [name for name, grid in grids.items() if grid is not None]
         order = static if graph is None else list(graph.layers.values())
         sensitive = sensitive_ends(twin, plan, order, weights, grids, biases, examples())
         if sensitive:
             plan = _without(plan, sensitive, twin)
-            weights, biases = _corrected(twin, plan, rounded, {name: grids[name] for name in plan.sites}, examples())
+            weights, biases = _corrected(twin, plan, rounded, {name: grids[name] for name in plan.sites}, examples)
     readers = tuple(tuple(names) for names in shared)
     return Decision(twin, plan, rounded, weights, grids, biases, readers, examples)
 
@@ -308,15 +322,15 @@ def _corrected(
     plan: Plan,
     weights: Weights,
     grids: Mapping[str, Grid | None],
-    batches: Iterable[Call],
+    batches: Callable[[], Iterable[Call]],
 ) -> tuple[Weights, dict[str, Tensor]]:
     """Weights and new biases after the recipe's correction, if it has one and there is something to correct."""
     if plan.recipe.correction is None or all(grid is None for grid in grids.values()):
         return weights, {}
-    return correct(twin, plan, weights, grids, batches, plan.recipe.correction)
+    return correct(twin, plan, weights, grids, batches(), plan.recipe.correction)
 
 
-def _beside(plan: Plan, walk: Walk) -> Plan:
+def beside(plan: Plan, walk: Walk) -> Plan:
     """The plan with the sites alone that are not walked to."""
     return replace(plan, sites={name: site for name, site in plan.sites.items() if name not in walk.names})
 
@@ -326,8 +340,12 @@ def _walked_weights(
 ) -> Weights:
     """All weights: those outside of blocks for the float layer's inputs, those in blocks for what the others make of them."""
     known = quantize_outside(twin_of(twin), walk, batches()) if walk.outside else {}
-    weights = _quantized_weights(twin, _beside(plan, walk), statistics, known)
-    return weights | quantize_blocks(twin_of(twin), walk, weights, batches()) if walk.blocks else weights
+    weights = _quantized_weights(twin, beside(plan, walk), statistics, known)
+    if walk.blocks:
+        found = quantize_blocks(twin_of(twin), walk, batches(), partial(walk.of, weights))
+        for block in progress(found, "quantizing blocks", total=len(walk.blocks)):
+            weights.update(block)
+    return weights
 
 
 def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, known: Weights) -> Weights:

@@ -14,10 +14,13 @@ PATIENCE = 2.0  # seconds before a bar appears
 _open: list[Progress] = []  # loops inside loops share one display: a terminal shows only one at a time
 
 
-def progress(items: Iterable[T], what: str, status: Callable[[], str] | None = None) -> Iterator[T]:
+def progress(
+    items: Iterable[T], what: str, status: Callable[[], str] | None = None, total: int | None = None
+) -> Iterator[T]:
     """The items, with a bar named ``what`` on standard error once PATIENCE is over.
 
-    ``status``: what to write beside the bar instead, asked for at each item.
+    ``status``: what to write beside the bar instead, asked for at each item. ``total``: how many items there are, if they do
+    not say it themselves.
     """
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -25,7 +28,7 @@ def progress(items: Iterable[T], what: str, status: Callable[[], str] | None = N
         return
     display = _open[0] if _open else Progress(console=console, transient=True)
     _open.append(display)
-    task = display.add_task(what, total=len(items) if isinstance(items, Sized) else None, visible=False)
+    task = display.add_task(what, total=len(items) if isinstance(items, Sized) else total, visible=False)
     start = time.monotonic()
     try:
         for done, item in enumerate(items):

@@ -8,6 +8,7 @@ elements are all zero, and an empty one, has scale 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -260,6 +261,35 @@ def by_rows(spec: QuantSpec) -> bool:
     kind, axis = spec.granularity.kind, spec.granularity.axis
     own = kind in ("group", "token") or (kind == "channel" and axis in (0, -2))
     return own and (spec.scale is None or by_rows(spec.scale))
+
+
+def rows_of(q: QTensor, begin: int, end: int) -> QTensor:
+    """Some rows of a matrix. Scales that all rows share stay shared."""
+    count = q.shape[0]
+
+    def cut(x: Tensor) -> Tensor:
+        return x[begin:end] if len(x) == count else x
+
+    scale = cut(q.scale) if isinstance(q.scale, Tensor) else q.scale
+    if isinstance(scale, QTensor) and scale.shape[0] == count:
+        scale = rows_of(scale, begin, end)
+    zero_point = None if q.zero_point is None else cut(q.zero_point)
+    shape = (min(end, count) - begin, *q.shape[1:])
+    return QTensor(cut(q.packed), scale, zero_point, q.spec, shape)
+
+
+def joined(pieces: Sequence[QTensor]) -> QTensor:
+    """The matrix of these rows, none of whose scales spans two pieces: see ``by_rows``."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        return first
+    if isinstance(first.scale, Tensor):
+        scale: Tensor | QTensor = torch.cat([cast(Tensor, q.scale) for q in pieces])
+    else:
+        scale = joined([cast(QTensor, q.scale) for q in pieces])
+    zero_point = None if first.zero_point is None else torch.cat([cast(Tensor, q.zero_point) for q in pieces])
+    shape = (sum(q.shape[0] for q in pieces), *first.shape[1:])
+    return QTensor(torch.cat([q.packed for q in pieces]), scale, zero_point, first.spec, shape)
 
 
 def packed_shape(shape: tuple[int, ...], number: Format) -> tuple[int, ...]:

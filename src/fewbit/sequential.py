@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from fewbit.errors import CalibrationError, FewbitError, PlanError
 from fewbit.methods import METHODS, Gptq, Moments
 from fewbit.nn import layer_class
 from fewbit.plan import Site
-from fewbit.progress import progress
+from fewbit.processes import share, summed, united
 from fewbit.qtensor import QTensor, dequantize
 
 HELD_OUT = 8  # one of so many tokens judges what the others give
@@ -66,6 +67,13 @@ class Walk:
         inside = {f"{block}.{name}" for block, sites in self.blocks.items() for name in sites}
         return inside.union(self.outside)
 
+    def of(self, weights: Weights, block: str) -> Weights:
+        """Those of the weights that are in a block, or for "" those outside of all."""
+        if block:
+            return {name: own for name, own in weights.items() if name.startswith(f"{block}.")}
+        prefixes = tuple(f"{name}." for name in self.blocks)
+        return {name: own for name, own in weights.items() if not name.startswith(prefixes)}
+
 
 def find_walk(model: nn.Module, sites: Mapping[str, Site]) -> Walk:
     """What there is to walk through; nothing in a model without blocks."""
@@ -105,34 +113,54 @@ def quantize_outside(model: nn.Module, walk: Walk, calls: Iterable[Call]) -> Wei
                     f"calibration batch {number}: {type(model).__name__} raised {type(error).__name__}: {error}"
                 ) from error
             both.add(X, X)
-        result[name] = _quantized(model, name, site, both)
+        result[name] = _quantized(model, name, site, both.moments())
     return result
 
 
-@torch.no_grad()
-def quantize_blocks(model: nn.Module, walk: Walk, others: Weights, calls: Iterable[Call]) -> Weights:
-    """The weights of all sites in blocks of the float ``model``; ``others`` are those of the sites beside them."""
+def quantize_blocks(
+    model: nn.Module,
+    walk: Walk,
+    calls: Iterable[Call],
+    others: Callable[[str], Weights],
+    known: Callable[[str], Weights] = lambda block: {},
+    placed: Callable[[str], AbstractContextManager[None]] = lambda block: contextlib.nullcontext(),
+) -> Iterator[Weights]:
+    """The weights of the sites in each block of the float ``model``, block by block.
+
+    ``others(block)``: the weights of the sites in a block that are not walked to, of those outside of blocks for "".
+    ``known(block)``: the weights of a block that were found before; nothing if they were not. ``placed(block)``: a context in
+    which the block has its float weights, for a model that is not in memory as a whole.
+    """
     calls = list(calls)
     names = list(walk.blocks)
-    hidden, arguments = _arguments(model, [model.get_submodule(name) for name in names], calls)
-    before: dict[str, Tensor] = {}
-    tied: set[int] = set()
-    for name, weights in others.items():
-        for full, weight in _float_weights(model, name, weights).items():
-            if id(model.get_parameter(full)) not in tied:
-                before[full] = weight
-                tied.add(id(model.get_parameter(full)))
-    streams = Streams(hidden, [_split(_call_of(model, names[0], before, call))[0] for call in calls], [])
-    result: Weights = {}
-    for number, (name, inside) in enumerate(progress(walk.blocks.items(), "quantizing blocks")):
+    with torch.no_grad():
+        hidden, arguments = _arguments(model, [model.get_submodule(name) for name in names], calls)
+        before = _once(model, others(""))
+        streams = Streams(hidden, [_split(_call_of(model, names[0], before, call))[0] for call in calls], [])
+        del before
+    for number, (name, inside) in enumerate(walk.blocks.items()):
         streams.calls = arguments[min(number, len(arguments) - 1)]
-        beside = {n.removeprefix(f"{name}."): w for n, w in others.items() if n.startswith(f"{name}.")}
+        beside, found = (_within(name, weights) for weights in (others(name), known(name)))
         try:
-            found = quantize_block(model.get_submodule(name), inside, streams, beside)
+            with placed(name):
+                found = quantize_block(model.get_submodule(name), inside, streams, beside, found)
         except FewbitError as error:
             raise type(error)(f"{name}.{error}") from None
-        result.update({f"{name}.{site}": weights for site, weights in found.items()})
-    return result
+        yield {f"{name}.{site}": weights for site, weights in found.items()}
+
+
+def _once(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """What the weights are worth, by the names of the model's parameters; tied ones under one of them."""
+    values: dict[int, tuple[str, Tensor]] = {}
+    for name, own in weights.items():
+        for full, value in _float_weights(model, name, own).items():
+            values.setdefault(id(model.get_parameter(full)), (full, value))
+    return dict(values.values())
+
+
+def _within(block: str, weights: Weights) -> Weights:
+    """The weights by names within the block."""
+    return {name.removeprefix(f"{block}."): own for name, own in weights.items()}
 
 
 @torch.no_grad()
@@ -140,18 +168,20 @@ def quantize_block(
     block: nn.Module,
     sites: Mapping[str, Site],
     streams: Streams,
-    others: Mapping[str, Mapping[str, QTensor]] | None = None,
+    others: Weights | None = None,
+    known: Weights | None = None,
 ) -> Weights:
     """The weights of ``sites`` of one float block, by name within it. Moves both streams behind the block.
 
-    ``others``: weights of the block that are quantized already. The block itself is left as it is.
+    ``others``: weights of the block beside these sites; ``known``: those of the sites, if they are there already. The block
+    itself is left as it is.
     """
     replaced: dict[str, Tensor] = {}
-    for name, weights in (others or {}).items():
+    result: Weights = dict(known or {})
+    for name, weights in [*(others or {}).items(), *result.items()]:
         replaced.update(_float_weights(block, name, weights))
-    result: Weights = {}
-    stages = _stages(block, sites, streams)
-    for name in set(sites).difference(*stages):  # nothing reaches them
+    stages = [] if result else _stages(block, sites, streams)
+    for name in set(sites).difference(result, *stages):  # nothing reaches them
         module = block.get_submodule(name)
         [(key, matrix)] = layer_class(module).matrices(module).items()
         result[name] = {key: METHODS[sites[name].scheme.method].quantize(matrix.detach(), sites[name].scheme.weight)}
@@ -159,9 +189,11 @@ def quantize_block(
         both = _Both(stage[0])
         for x, z, call in zip(streams.x, streams.z, streams.calls, strict=True):
             both.add(*(_tokens(block, stage[0], by, _joined(h, call)) for by, h in (({}, x), (replaced, z))))
+        moments = both.moments()
+        found = united({name: _quantized(block, name, sites[name], moments) for name in share(stage)})
         for name in stage:
-            result[name] = _quantized(block, name, sites[name], both)
-            replaced.update(_float_weights(block, name, result[name]))
+            result[name] = found[name]
+            replaced.update(_float_weights(block, name, found[name]))
     for i, call in enumerate(streams.calls):
         streams.x[i] = _hidden(_joined(streams.x[i], call).run(block))
         joined = _joined(streams.z[i], call)
@@ -180,13 +212,13 @@ def _takes_inputs(module: nn.Module, site: Site) -> bool:
     )
 
 
-def _quantized(model: nn.Module, name: str, site: Site, both: _Both) -> dict[str, QTensor]:
+def _quantized(model: nn.Module, name: str, site: Site, moments: tuple[Moments, Moments]) -> dict[str, QTensor]:
     module = model.get_submodule(name)
     [(key, matrix)] = layer_class(module).matrices(module).items()
     method = METHODS[site.scheme.method]
     assert isinstance(method, Gptq)
     try:
-        return {key: method.quantize_for(matrix.detach(), site.scheme.weight, *both.moments())}
+        return {key: method.quantize_for(matrix.detach(), site.scheme.weight, *moments)}
     except ValueError as error:
         raise PlanError(f"{name}.{key}: cannot be quantized: {error}") from None
 
@@ -244,7 +276,11 @@ class _Both:
         self._moments[1].add(X[kept:], Z[kept:])
 
     def moments(self) -> tuple[Moments, Moments]:
+        """Of the tokens of all processes."""
         assert self._moments is not None
+        for both in self._moments:
+            summed(both.H)
+            summed(both.D)
         if not all(bool(part.isfinite().all()) for both in self._moments for part in (both.H, both.D)):
             raise CalibrationError(f"{self._name}: its input has a NaN or an infinity.")
         return self._moments

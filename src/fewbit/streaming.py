@@ -13,26 +13,30 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from fewbit.batches import Call, calls
 from fewbit.errors import CheckpointError, PlanError, UnsupportedError
 from fewbit.hardware import byte_count, resident
 from fewbit.methods import METHODS
-from fewbit.nn import layer_class
+from fewbit.nn import QuantizedLayer, layer_class
 from fewbit.pipeline import skeleton
+from fewbit.placing import Informed
 from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
 from fewbit.progress import progress
-from fewbit.qtensor import QTensor, by_rows, dequantize, empty, parts
+from fewbit.qtensor import QTensor, by_rows, dequantize, empty, joined, parts, rows_of
 from fewbit.source import CONFIG, INDEX, SINGLE, Source, Weight, copy_texts, open_source, read_config, warn_unused
 from fewbit.targets.native import PLAN, PROGRESS, REPORT, config_text, distinct_tensors, file_metadata, next_name
 from fewbit.targets.native import plan_text as text_of
-from fewbit.tensorfile import TensorWriter
+from fewbit.tensorfile import TensorWriter, mapped, read_header
 from fewbit.transforms import TRANSFORMS
 
 FILE = 2**29  # bytes of a file of tensors: what an interruption may cost
@@ -62,16 +66,18 @@ def quantize_folder(
     recipe: str | Path | Recipe,
     exclude: Iterable[str] = (),
     max_ram: int | str | None = None,
+    calibration: Any = None,
 ) -> Path:
     """Quantize the Hugging Face folder ``source`` to the folder ``out`` without loading the model; returns ``out``.
 
     ``out`` is read by ``fewbit.load(out)``, and by transformers' ``from_pretrained`` once fewbit is imported.
-    ``recipe``, ``exclude``: as for ``quantize``; no data are used. ``max_ram``: the most memory that this process may take, in
-    bytes or as "6GB". A run that was interrupted goes on when it is called again.
+    ``recipe``, ``exclude``, ``calibration``: as for ``quantize``; batches and what layers make of them stay in memory.
+    ``max_ram``: the most memory that this process may take, in bytes or as "6GB". A run that was interrupted goes on when it
+    is called again, with the same data.
 
     Raises FewbitError, UnsupportedError or CheckpointError for a source that cannot be read (see ``open_source``),
     PlanError for a recipe that does not fit, CheckpointError if ``out`` cannot be written or holds something else,
-    UnsupportedError for a recipe that needs data, or if ``max_ram`` is too little.
+    CalibrationError (data), UnsupportedError for a recipe with static ranges, or if ``max_ram`` is too little.
     """
     recipe = load_recipe(recipe, exclude)
     limit = None if max_ram is None else byte_count(max_ram)
@@ -84,7 +90,8 @@ def quantize_folder(
     rows = {
         (step.name, step.key): _rows_at_once(step, plan.sites[step.name], opened, limit) for step in steps if step.key
     }
-    job = Job(Path(out), opened, plan, tensors, file_metadata(text_of(plan), aliases), limit, rows)
+    batches = () if calibration is None else tuple(calls(opened.model, calibration))
+    job = Job(Path(out), opened, plan, layout, tensors, file_metadata(text_of(plan), aliases), limit, rows, batches)
     warn_unused(opened)
     job.folder_is_free()
     try:
@@ -103,15 +110,19 @@ class Job:
     out: Path
     source: Source
     plan: Plan
+    layout: nn.Module  # the quantized model on meta
     tensors: Mapping[str, Tensor]  # on meta, in the dtypes of the result
     metadata: Mapping[str, str]
     limit: int | None
     rows: Mapping[tuple[str, str], int]
+    batches: tuple[Call, ...]  # to calibrate with
 
     @property
     def identity(self) -> str:
         """Equal for two runs that must give the same files."""
         facts = {"source": self.source.fingerprint(), "metadata": dict(self.metadata), "file": FILE}
+        if self.batches:
+            facts["data"] = _fingerprint(self.batches)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def folder_is_free(self) -> None:
@@ -133,6 +144,17 @@ class Job:
         record = self._record() or {"job": self.identity, "files": {}}
         done: dict[str, dict[str, float]] = record["files"]
         todo = [(name, steps) for name, steps in zip(names, files, strict=True) if name not in done]
+        informed = None
+        if self.batches and todo:
+            places = {
+                key: name
+                for name, steps in zip(names, files, strict=True)
+                if name in done
+                for s in steps
+                for key in s.tensors
+            }
+            written = partial(self._written, places)
+            informed = Informed(self.source, self.plan, self.batches, self._whole, written)
         block, error = "", math.nan
 
         def status() -> str:
@@ -149,7 +171,7 @@ class Job:
                         _, step = next(every)
                         block = step.block
                         if step.key:
-                            error = errors[f"{step.name}.{step.key}"] = self._quantize(step, writer)
+                            error = errors[f"{step.name}.{step.key}"] = self._quantize(step, writer, informed)
                         else:
                             self._copy(step, writer)
                         self._check_memory(step)
@@ -164,30 +186,57 @@ class Job:
         next(every, None)  # the bar is done
         self._finish(names, files, {key: value for errors in done.values() for key, value in errors.items()})
 
-    def _quantize(self, step: Step, writer: TensorWriter) -> float:
-        """Read, quantize and write one weight; returns ``|W - quantized W| / |W|``."""
-        site, weight = self.plan.sites[step.name], self._weight(f"{step.name}.{step.key}")
-        method, spec = METHODS[site.scheme.method], site.scheme.weight
-        module = self.source.model.get_submodule(step.name)
-        layer = layer_class(module)
-        pairs = layer.pairs(module)
-        count = site.weights[step.key][0]
-        at_once = self.rows[(step.name, step.key)]
+    def _quantize(self, step: Step, writer: TensorWriter, informed: Informed | None) -> float:
+        """Quantize and write one weight; returns ``|W - quantized W| / |W|``."""
+        found = None if informed is None else informed.take(step.name, step.key)
+        importance = None if informed is None else informed.importance(step.name, step.key)
         squares = torch.zeros(2, dtype=torch.float64)
-        whole = weight.make() if weight.entry is None else None
-        for begin in range(0, count, at_once):
-            matrix = _matrix(module, step.key, weight.make() if whole is None else whole)
-            piece = matrix[begin : begin + at_once].to(torch.float32, copy=True)
-            del matrix  # and with it the file's pages
-            try:
-                quantized = method.quantize(piece, spec, None, pairs)
-            except ValueError as error:
-                raise PlanError(f"{step.name}.{step.key}: cannot be quantized: {error}") from None
+        for begin, piece in self._pieces(step.name, step.key):
+            if found is None:
+                quantized = self._quantized(step.name, step.key, begin, piece, importance)
+            else:
+                quantized = rows_of(found, begin, begin + len(piece))
             for name, part in parts(quantized, step.key).items():
                 writer.write(f"{step.name}.{name}", part, begin)
             squares += _squares(piece, quantized)
         # Rounded, since the last digits depend on the pieces.
         return float(f"{float((squares[0] / squares[1]).sqrt()):.4g}") if squares[1] else 0.0
+
+    def _whole(self, name: str, key: str, importance: Tensor | None) -> QTensor:
+        pieces = self._pieces(name, key)
+        return joined([self._quantized(name, key, begin, piece, importance) for begin, piece in pieces])
+
+    def _pieces(self, name: str, key: str) -> Iterator[tuple[int, Tensor]]:
+        """The float32 weight matrix, some rows at once, and the number of their first."""
+        weight, module = self._weight(f"{name}.{key}"), self.source.model.get_submodule(name)
+        whole = weight.make() if weight.entry is None else None
+        at_once = self.rows[(name, key)]
+        for begin in range(0, self.plan.sites[name].weights[key][0], at_once):
+            matrix = _matrix(module, key, weight.make() if whole is None else whole)
+            piece = matrix[begin : begin + at_once].to(torch.float32, copy=True)
+            del matrix  # and with it the file's pages
+            yield begin, piece
+
+    def _quantized(self, name: str, key: str, begin: int, piece: Tensor, importance: Tensor | None) -> QTensor:
+        site, module = self.plan.sites[name], self.source.model.get_submodule(name)
+        if importance is not None and importance.dim() > 1 and len(importance) > 1:
+            importance = importance[begin : begin + len(piece)]
+        method, pairs = METHODS[site.scheme.method], layer_class(module).pairs(module)
+        try:
+            return method.quantize(piece, site.scheme.weight, importance, pairs)
+        except ValueError as error:
+            raise PlanError(f"{name}.{key}: cannot be quantized: {error}") from None
+
+    def _written(self, places: Mapping[str, str], name: str, key: str) -> QTensor | None:
+        """A weight that is in a file of the result: ``places`` are the files by tensor."""
+        layer = copy.copy(self.layout.get_submodule(name))
+        assert isinstance(layer, QuantizedLayer)
+        names = {own: f"{name}.{own}" for own in parts(layer.qtensor(key), key)}
+        if not all(full in places for full in names.values()):
+            return None
+        entries = {own: read_header(self.out / places[full])[0][full] for own, full in names.items()}
+        layer._buffers = {**layer._buffers, **{own: mapped(entry) for own, entry in entries.items()}}
+        return layer.qtensor(key)
 
     def _copy(self, step: Step, writer: TensorWriter) -> None:
         """A tensor that stays as it is, or a buffer that is in no file."""
@@ -259,7 +308,7 @@ class Job:
 def _plan(model: nn.Module, recipe: Recipe) -> Plan:
     if recipe.needs_calibration:
         raise UnsupportedError(
-            f"recipe {recipe.name!r} fixes input ranges by calibration, and a folder is quantized without data: "
+            f"recipe {recipe.name!r} fixes input ranges, which quantize_folder does not: "
             "take a recipe with dynamic or float inputs, or load the model and use fewbit.quantize."
         )
     unread: dict[str, str] = {}
@@ -336,6 +385,17 @@ def _matrix(module: nn.Module, key: str, weight: Tensor) -> Tensor:
     twin = copy.copy(module)
     twin._parameters = {**module._parameters, key: nn.Parameter(weight, requires_grad=False)}
     return layer_class(module).matrices(twin)[key]
+
+
+def _fingerprint(batches: Iterable[Call]) -> str:
+    """Equal for the same numbers in the same batches."""
+    digest = hashlib.sha256()
+    for call in batches:
+        digest.update(call.describe().encode())
+        for leaf in pytree.tree_leaves((call.args, call.kwargs)):
+            data = leaf.detach().cpu().contiguous().view(-1) if isinstance(leaf, Tensor) else None
+            digest.update(repr(leaf).encode() if data is None else data.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _squares(weight: Tensor, quantized: QTensor) -> Tensor:

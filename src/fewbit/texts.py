@@ -1,0 +1,72 @@
+"""Texts for language models: windows of tokens to calibrate with, and to be judged by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbit.errors import CalibrationError, FewbitError, UnsupportedError
+from fewbit.task import Task, load_task
+
+WINDOWS = 16
+LENGTH = 1024
+
+
+def read_windows(
+    folder: str | Path, file: str | Path, count: int = WINDOWS, length: int = LENGTH
+) -> list[dict[str, Tensor]]:
+    """``count`` batches of one window of ``length`` tokens each, at even distances over a text file, or as many as it has.
+
+    Tokens are those of the tokenizer in ``folder``; a window begins with its begin token, if it has one. CalibrationError
+    for a file that cannot be read or is too short, FewbitError for a folder without a tokenizer.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{file}: cannot be read as UTF-8 text: {error}.") from None
+    tokenizer = read_tokenizer(folder)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    own = length - len(begin)
+    whole = len(tokens) // own
+    if not whole:
+        raise CalibrationError(f"{file}: has {len(tokens)} tokens; one window of {length} needs {own}.")
+    chosen = torch.linspace(0, whole - 1, min(count, whole)).long().unique().tolist()
+    first = torch.tensor(begin, dtype=torch.int64)
+    return [{"input_ids": torch.cat([first, tokens[n * own : (n + 1) * own]])[None]} for n in chosen]
+
+
+def read_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer in a folder; FewbitError if there is none, UnsupportedError without transformers."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise UnsupportedError(f"{folder}: reading it needs transformers: pip install 'fewbit[hf]'.") from None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Whatever tokenizers make of files that are missing or damaged.
+    except Exception as error:
+        raise FewbitError(f"{folder}: has no tokenizer that transformers can read: {error}") from error
+
+
+def text_task(folder: str | Path, file: str | Path, count: int = WINDOWS, length: int = LENGTH) -> Task:
+    """The float language model of a folder, judged by a text: its score is the mean log-likelihood of a token, in nats.
+
+    A drop of 0.01 is a perplexity that is 1.0 % larger. A window is one example, so that intervals are those of windows.
+    """
+    windows = read_windows(folder, file, count, length)
+    model = load_task(folder).model
+
+    @torch.inference_mode()
+    def evaluate(model: nn.Module) -> Tensor:
+        # One window at a time: logits are large.
+        scores = []
+        for window in windows:
+            logits = model(**window).logits[0, :-1].float()
+            scores.append(-nn.functional.cross_entropy(logits, window["input_ids"][0, 1:]))
+        return torch.stack(scores)
+
+    return Task(model=model, calibration=windows, evaluate=evaluate, example_inputs=windows[0])

@@ -1,0 +1,61 @@
+"""Windows of tokens, and language models that are judged by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbit
+from fewbit import CalibrationError, FewbitError
+from fewbit.texts import read_windows, text_task
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+TEXT = Path(__file__).parents[1] / "CONTRIBUTING.md"
+
+
+@pytest.fixture
+def folder(decoder: Callable[..., Any], write_tokenizer: Callable[[Path], None], tmp_path: Path) -> Path:
+    decoder(vocab_size=512, dtype=torch.float32).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_windows_are_spread_over_the_text(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), add_special_tokens=False)["input_ids"]
+    found = [window["input_ids"] for window in read_windows(folder, TEXT, 3, 17)]
+    assert [window.shape for window in found] == [(1, 17)] * 3
+    begin = AutoTokenizer.from_pretrained(folder).bos_token_id
+    assert found[0][0].tolist() == [begin, *tokens[:16]]
+    last = len(tokens) // 16 - 1
+    assert found[2][0].tolist() == [begin, *tokens[16 * last : 16 * last + 16]]
+
+
+def test_a_short_text_has_fewer_windows(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("one two three four five six seven eight")
+    assert 1 <= len(read_windows(folder, tmp_path / "short.txt", 16, 9)) < 16
+    with pytest.raises(CalibrationError, match=r"short.txt: has \d+ tokens; one window of 1024 needs 1023"):
+        read_windows(folder, tmp_path / "short.txt")
+    with pytest.raises(CalibrationError, match=r"none.txt: cannot be read as UTF-8 text"):
+        read_windows(folder, tmp_path / "none.txt")
+    with pytest.raises(FewbitError, match="has no tokenizer that transformers can read"):
+        read_windows(tmp_path, TEXT)
+
+
+def test_a_model_is_judged_by_its_likelihood(folder: Path) -> None:
+    task = text_task(folder, TEXT, 4, 32)
+    assert task.evaluate is not None
+    scores = task.evaluate(task.model)
+    assert scores.shape == (4,)
+    tokens = task.calibration[1]["input_ids"]
+    with torch.no_grad():
+        loss = task.model(tokens, labels=tokens).loss
+    torch.testing.assert_close(-scores[1], loss, atol=1e-5, rtol=1e-5)
+    quantized = fewbit.quantize(task.model, "int4-weight-only")
+    comparison = fewbit.compare(task.model, quantized, task.calibration, task.evaluate)
+    assert "KL" in str(comparison)
