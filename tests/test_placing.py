@@ -23,7 +23,14 @@ MSE = Scheme(INT4.weight, method="mse")
 RECIPES: dict[str, Any] = {
     "gptq": "int4-gptq",
     "importance": "int4-weight-only",
-    "both": Recipe("both", (Rule("*.down_proj", MSE), Rule("type:Linear", INT4), Rule("type:Embedding", MSE))),
+    "both": Recipe(
+        "both",
+        (
+            Rule("*.down_proj", MSE, optional=True),
+            Rule("type:Linear|Conv1D", INT4, optional=True),
+            Rule("type:Embedding", MSE),
+        ),
+    ),
     "blocks": Recipe("blocks", (Rule("*.layers.*.?_proj", INT4),)),
 }
 

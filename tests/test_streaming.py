@@ -130,7 +130,7 @@ def test_report_has_the_error_of_each_weight(source: Path, tmp_path: Path) -> No
     plan = read_checkpoint(out).plan
     assert errors.keys() == {f"{name}.weight" for name in plan.sites if name != "lm_head"}
     tables = {name for name in errors if plan.sites[name.removesuffix(".weight")].type == "Embedding"}
-    assert all(errors[name] < 0.02 if name in tables else 0.05 < errors[name] < 0.15 for name in errors)
+    assert all(0.01 < errors[name] < 0.03 if name in tables else 0.05 < errors[name] < 0.15 for name in errors)
 
 
 def test_other_files_are_copied(source: Path, tmp_path: Path) -> None:
@@ -160,12 +160,12 @@ import fewbit
 from fewbit import streaming
 streaming.FILE = 8_000
 count, quantize = 0, streaming.Job._quantize
-def dying(self, step, writer):
+def dying(*arguments):
     global count
     count += 1
     if count == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-    return quantize(self, step, writer)
+    return quantize(*arguments)
 streaming.Job._quantize = dying
 fewbit.quantize_folder(sys.argv[1], sys.argv[2], "int4-weight-only")
 """
@@ -290,7 +290,7 @@ def test_an_out_that_is_a_file(source: Path, tmp_path: Path) -> None:
 
 
 def test_recipes_that_need_data(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="fixes input ranges by calibration"):
+    with pytest.raises(UnsupportedError, match="fixes input ranges, which quantize_folder does not"):
         fewbit.quantize_folder(source, tmp_path / "out", "int8-static")
     recipe = replace(RECIPES["rtn"], transforms=("fuse_activation",))
     plan = read_checkpoint(fewbit.quantize_folder(source, tmp_path / "out", recipe)).plan

@@ -42,7 +42,7 @@ def int8_cache(model: nn.Module) -> Any:
 def _int8_layer() -> type:
     from transformers.cache_utils import DynamicLayer
 
-    class Int8Layer(DynamicLayer):  # type: ignore[misc]
+    class Int8Layer(DynamicLayer):
         """Codes ``[batch, heads, tokens, size]`` with the bytes of their scale behind them, so that whatever transformers does
         to keys and values along the other axes does it to both."""
 
@@ -54,6 +54,7 @@ def _int8_layer() -> type:
         def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
+            assert self.keys is not None and self.values is not None
             self.keys = torch.cat([self.keys, _packed(key_states)], dim=-2)
             self.values = torch.cat([self.values, _packed(value_states)], dim=-2)
             return _values(self.keys, self.dtype), _values(self.values, self.dtype)

@@ -104,10 +104,11 @@ class Informed:
         self._kept: dict[int, QTensor] = {}  # by the float parameter: tied weights are one
         if self._walk.outside:
             self._keep(quantize_outside(model, self._walk, calls))
-        self._blocks = iter(self._walk.blocks)
         self._found: Iterator[Weights] = iter(())
         if self._walk.blocks:
-            self._found = quantize_blocks(model, self._walk, calls, self._others, self._known, placed.block)
+            # Now, since they are needed when the first block is asked for: some of them may have been taken by then.
+            self._outside: Weights = self._others("")
+            self._found = quantize_blocks(model, self._walk, calls, self._of_block, self._known, placed.block)
 
     def importance(self, name: str, key: str) -> Tensor | None:
         """That of the columns of this weight, from any layer that has it."""
@@ -139,6 +140,12 @@ class Informed:
         for name, own in weights.items():
             for key, weight in own.items():
                 self._kept[self._parameter(name, key)] = weight
+
+    def _of_block(self, block: str) -> Weights:
+        if block:
+            return self._others(block)
+        outside, self._outside = self._outside, {}
+        return outside
 
     def _others(self, block: str) -> Weights:
         """The weights beside the walk in a block, or outside of all; kept until they are taken."""
