@@ -87,7 +87,7 @@ def gguf_type(name: str) -> Callable[[nn.Module], nn.Module]:
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 kind = "Q8_0" if layer.weight is model.get_input_embeddings().weight else name
                 of = gguf.GGMLQuantizationType[kind]
-                values = gguf.dequantize(gguf.quantize(layer.weight.numpy(), of), of)
+                values = gguf.dequantize(gguf.quantize(layer.weight.detach().numpy(), of), of)
                 layer.weight.copy_(torch.from_numpy(values))
         return model
 
