@@ -78,8 +78,8 @@ def gptq(**settings: Any) -> Callable[[nn.Module], nn.Module]:
     return make
 
 
-@torch.no_grad()
 def gguf_type(name: str) -> Callable[[nn.Module], nn.Module]:
+    @torch.no_grad()
     def make(model: nn.Module) -> nn.Module:
         import gguf
 
@@ -87,7 +87,7 @@ def gguf_type(name: str) -> Callable[[nn.Module], nn.Module]:
             if isinstance(layer, (nn.Linear, nn.Embedding)):
                 kind = "Q8_0" if layer.weight is model.get_input_embeddings().weight else name
                 of = gguf.GGMLQuantizationType[kind]
-                values = gguf.dequantize(gguf.quantize(layer.weight.detach().numpy(), of), of)
+                values = gguf.dequantize(gguf.quantize(layer.weight.numpy(), of), of)
                 layer.weight.copy_(torch.from_numpy(values))
         return model
 

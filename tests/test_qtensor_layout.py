@@ -14,7 +14,7 @@ from fewbit.qtensor import (
     packed_dtype,
     packed_shape,
     quantize,
-    rows_of,
+    rows,
     scale_shape,
     unpack,
 )
@@ -110,7 +110,7 @@ def test_a_large_matrix_is_rounded_in_pieces_with_the_same_result(
 def test_rows_are_cut_and_joined(spec: QuantSpec) -> None:
     torch.manual_seed(0)
     whole = quantize(torch.randn(9, 13), spec)
-    pieces = [rows_of(whole, begin, begin + 4) for begin in (0, 4, 8)]
+    pieces = [rows(whole, slice(begin, begin + 4)) for begin in (0, 4, 8)]
     assert [piece.shape for piece in pieces] == [(4, 13), (4, 13), (1, 13)]
     for begin, piece in zip((0, 4, 8), pieces, strict=True):
         assert torch.equal(dequantize(piece), dequantize(whole)[begin : begin + 4])
@@ -121,5 +121,5 @@ def test_rows_are_cut_and_joined(spec: QuantSpec) -> None:
 
 def test_rows_of_a_matrix_with_one_scale_share_it() -> None:
     whole = quantize(torch.randn(9, 13), QuantSpec("int8"))
-    piece = rows_of(whole, 2, 5)
+    piece = rows(whole, slice(2, 5))
     assert piece.scale is whole.scale and torch.equal(dequantize(piece), dequantize(whole)[2:5])

@@ -99,10 +99,9 @@ def error(model: nn.Module, other: nn.Module, batches: list[Tensor]) -> float:
 def test_the_blocks_are_the_largest_list_of_one_type(llama: Llama) -> None:
     llama.small = nn.ModuleList(nn.Linear(4, 4) for _ in range(9))
     llama.mixed = nn.ModuleList([nn.Linear(999, 999), nn.ReLU()])
-    found = find_blocks(llama)
-    assert found is not None
-    assert found[0] == "blocks" and found[1] is llama.blocks
-    assert find_blocks(nn.Sequential(nn.Linear(4, 4))) is None
+    assert find_blocks(llama) == [f"blocks.{number}" for number in range(len(llama.blocks))]
+    assert find_blocks(llama.blocks) == [str(number) for number in range(len(llama.blocks))]
+    assert find_blocks(nn.Sequential(nn.Linear(4, 4))) == []
 
 
 def test_what_is_walked_is_what_wants_inputs(llama: Llama) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -95,6 +96,17 @@ def run(model: nn.Module, call: Call, where: str) -> Any:
         raise CalibrationError(
             f"{where}: {type(model).__name__} raised {type(error).__name__} on {call.describe()}: {first}{hint}"
         ) from error
+
+
+def fingerprint(batches: Iterable[Call]) -> str:
+    """Equal for the same numbers in the same batches."""
+    digest = hashlib.sha256()
+    for call in batches:
+        digest.update(call.describe().encode())
+        for leaf in pytree.tree_leaves((call.args, call.kwargs)):
+            data = leaf.detach().cpu().contiguous().view(-1) if isinstance(leaf, Tensor) else None
+            digest.update(repr(leaf).encode() if data is None else data.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def peek(batches: Iterable[Call]) -> tuple[Call, Iterable[Call]]:

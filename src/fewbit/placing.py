@@ -87,13 +87,7 @@ class Informed:
     def __init__(self, source: Source, plan: Plan, calls: Sequence[Call], quantize: Quantize, written: Written) -> None:
         self._plan, self._quantize, self._written = plan, quantize, written
         self._float = source.model
-        found = find_blocks(source.model)
-        names = (
-            []
-            if found is None
-            else [f"{found[0]}.{number}" if found[0] else str(number) for number in range(len(found[1]))]
-        )
-        placed = Placed(source, names)
+        placed = Placed(source, find_blocks(source.model))
         model = placed.model
         self._walk = find_walk(model, plan.sites)
         observed = beside(plan, self._walk)

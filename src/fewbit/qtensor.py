@@ -263,19 +263,19 @@ def by_rows(spec: QuantSpec) -> bool:
     return own and (spec.scale is None or by_rows(spec.scale))
 
 
-def rows_of(q: QTensor, begin: int, end: int) -> QTensor:
-    """Some rows of a matrix. Scales that all rows share stay shared."""
-    count = q.shape[0]
+def rows(q: QTensor, which: Tensor | slice) -> QTensor:
+    """Some rows of a matrix ``[rows, columns]``: a slice of them, or those of the indices ``[n]``. Scales that all rows share
+    stay shared."""
 
-    def cut(x: Tensor) -> Tensor:
-        return x[begin:end] if len(x) == count else x
+    def chosen(x: Tensor) -> Tensor:
+        return x[which] if isinstance(which, slice) else x.index_select(0, which)
 
-    scale = cut(q.scale) if isinstance(q.scale, Tensor) else q.scale
-    if isinstance(scale, QTensor) and scale.shape[0] == count:
-        scale = rows_of(scale, begin, end)
-    zero_point = None if q.zero_point is None else cut(q.zero_point)
-    shape = (min(end, count) - begin, *q.shape[1:])
-    return QTensor(cut(q.packed), scale, zero_point, q.spec, shape)
+    packed, scale, zero_point = chosen(q.packed), q.scale, q.zero_point
+    if scale.shape[0] > 1:
+        scale = rows(scale, which) if isinstance(scale, QTensor) else chosen(scale)
+    if zero_point is not None and zero_point.shape[0] > 1:
+        zero_point = chosen(zero_point)
+    return QTensor(packed, scale, zero_point, q.spec, (len(packed), *q.shape[1:]))
 
 
 def joined(pieces: Sequence[QTensor]) -> QTensor:

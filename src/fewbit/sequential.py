@@ -44,15 +44,15 @@ class Streams:
     calls: list[Call]
 
 
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The list of blocks of one type that holds the most weights, and its name."""
-    best: tuple[int, str, nn.ModuleList] | None = None
+def find_blocks(model: nn.Module) -> list[str]:
+    """The names of the blocks: the list of modules of one type that holds the most weights; empty if there is no such list."""
+    most, names = -1, list[str]()
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
             count = sum(p.numel() for p in module.parameters())
-            if best is None or count > best[0]:
-                best = (count, name, module)
-    return None if best is None else best[1:]
+            if count > most:
+                most, names = count, [f"{name}.{number}" if name else str(number) for number in range(len(module))]
+    return names
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,7 @@ class Walk:
 
 def find_walk(model: nn.Module, sites: Mapping[str, Site]) -> Walk:
     """What there is to walk through; nothing in a model without blocks."""
-    found = find_blocks(model)
-    if found is None:
-        return Walk({}, {})
-    prefixes = [f"{found[0]}.{number}" if found[0] else str(number) for number in range(len(found[1]))]
+    prefixes = find_blocks(model)
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     blocks: dict[str, dict[str, Site]] = {prefix: {} for prefix in prefixes}
     outside: dict[str, Site] = {}

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from fewbit.batches import Call, calls
+from fewbit.batches import Call, calls, fingerprint
 from fewbit.errors import CheckpointError, PlanError, UnsupportedError
 from fewbit.hardware import byte_count, resident
 from fewbit.methods import METHODS
@@ -32,7 +31,7 @@ from fewbit.pipeline import skeleton
 from fewbit.placing import Informed
 from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
 from fewbit.progress import progress
-from fewbit.qtensor import QTensor, by_rows, dequantize, empty, joined, parts, rows_of
+from fewbit.qtensor import QTensor, by_rows, dequantize, empty, joined, parts, rows
 from fewbit.source import CONFIG, INDEX, SINGLE, Source, Weight, copy_texts, open_source, read_config, warn_unused
 from fewbit.targets.native import PLAN, PROGRESS, REPORT, config_text, distinct_tensors, file_metadata, next_name
 from fewbit.targets.native import plan_text as text_of
@@ -87,11 +86,11 @@ def quantize_folder(
     tensors, aliases = distinct_tensors(layout)
     tensors = _with_dtypes(tensors, opened)
     steps = _steps(plan, tensors)
-    rows = {
+    at_once = {
         (step.name, step.key): _rows_at_once(step, plan.sites[step.name], opened, limit) for step in steps if step.key
     }
     batches = () if calibration is None else tuple(calls(opened.model, calibration))
-    job = Job(Path(out), opened, plan, layout, tensors, file_metadata(text_of(plan), aliases), limit, rows, batches)
+    job = Job(Path(out), opened, plan, layout, tensors, file_metadata(text_of(plan), aliases), limit, at_once, batches)
     warn_unused(opened)
     job.folder_is_free()
     try:
@@ -114,7 +113,7 @@ class Job:
     tensors: Mapping[str, Tensor]  # on meta, in the dtypes of the result
     metadata: Mapping[str, str]
     limit: int | None
-    rows: Mapping[tuple[str, str], int]
+    at_once: Mapping[tuple[str, str], int]  # rows of a weight
     batches: tuple[Call, ...]  # to calibrate with
 
     @property
@@ -122,7 +121,7 @@ class Job:
         """Equal for two runs that must give the same files."""
         facts = {"source": self.source.fingerprint(), "metadata": dict(self.metadata), "file": FILE}
         if self.batches:
-            facts["data"] = _fingerprint(self.batches)
+            facts["data"] = fingerprint(self.batches)
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def folder_is_free(self) -> None:
@@ -195,7 +194,7 @@ class Job:
             if found is None:
                 quantized = self._quantized(step.name, step.key, begin, piece, importance)
             else:
-                quantized = rows_of(found, begin, begin + len(piece))
+                quantized = rows(found, slice(begin, begin + len(piece)))
             for name, part in parts(quantized, step.key).items():
                 writer.write(f"{step.name}.{name}", part, begin)
             squares += _squares(piece, quantized)
@@ -210,7 +209,7 @@ class Job:
         """The float32 weight matrix, some rows at once, and the number of their first."""
         weight, module = self._weight(f"{name}.{key}"), self.source.model.get_submodule(name)
         whole = weight.make() if weight.entry is None else None
-        at_once = self.rows[(name, key)]
+        at_once = self.at_once[(name, key)]
         for begin in range(0, self.plan.sites[name].weights[key][0], at_once):
             matrix = _matrix(module, key, weight.make() if whole is None else whole)
             piece = matrix[begin : begin + at_once].to(torch.float32, copy=True)
@@ -385,17 +384,6 @@ def _matrix(module: nn.Module, key: str, weight: Tensor) -> Tensor:
     twin = copy.copy(module)
     twin._parameters = {**module._parameters, key: nn.Parameter(weight, requires_grad=False)}
     return layer_class(module).matrices(twin)[key]
-
-
-def _fingerprint(batches: Iterable[Call]) -> str:
-    """Equal for the same numbers in the same batches."""
-    digest = hashlib.sha256()
-    for call in batches:
-        digest.update(call.describe().encode())
-        for leaf in pytree.tree_leaves((call.args, call.kwargs)):
-            data = leaf.detach().cpu().contiguous().view(-1) if isinstance(leaf, Tensor) else None
-            digest.update(repr(leaf).encode() if data is None else data.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _squares(weight: Tensor, quantized: QTensor) -> Tensor:

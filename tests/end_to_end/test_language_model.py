@@ -33,7 +33,7 @@ print(json.dumps([token["id"] for token in answer["choices"][0]["logprobs"]["con
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The float model and the quantized one."""
+    """The float model, and one that is quantized as other programs want it."""
     from transformers import PreTrainedTokenizerFast
 
     sys.path += [str(EXAMPLE), str(EXAMPLE.parent)]
@@ -54,9 +54,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "hf", fewbit.quantize_folder(folder / "hf", folder / "out", "int4-symmetric", max_ram="3GB")
 
 
-def test_size_and_text(folders: tuple[Path, Path]) -> None:
-    source, out = folders
-    assert saved_bytes(out) < 90e6 < 0.4 * saved_bytes(source)
+def test_size_and_text(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = folders
+    out = fewbit.quantize_folder(source, tmp_path / "out", "int4-weight-only", max_ram="3GB")
+    assert saved_bytes(out) < 85e6 < 0.4 * saved_bytes(source)
     assert " Paris" in complete(out, PROMPT, 16)
 
 

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from fewbit.ops import embedding
-from fewbit.ops.embedding import rows
 from fewbit.ops.linear import has_kernel
-from fewbit.qtensor import dequantize, quantize
+from fewbit.qtensor import dequantize, quantize, rows
 from fewbit.spec import PER_TENSOR, PER_TOKEN, QuantSpec, per_channel, per_group
 
 SPECS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -10,24 +9,12 @@ from torch import Tensor
 
 from fewbit.ops import native
 from fewbit.ops.linear import LIBRARY, TAGS, assembled, has_kernel, register, same_device
-from fewbit.qtensor import QTensor, dequantize
+from fewbit.qtensor import QTensor, dequantize, rows
 
 LIBRARY.define(
     "embedding(Tensor indices, Tensor packed, Tensor scale, Tensor? zero_point, int columns, int bits, int group) -> Tensor",
     tags=TAGS,
 )
-
-
-def rows(table: QTensor, indices: Tensor) -> QTensor:
-    """The rows ``indices`` ``[n]`` of a table ``[rows, columns]``. Scales that all rows share stay shared."""
-    packed = table.packed.index_select(0, indices)
-    scale = table.scale
-    if scale.shape[0] > 1:
-        scale = rows(scale, indices) if isinstance(scale, QTensor) else scale.index_select(0, indices)
-    zero_point = table.zero_point
-    if zero_point is not None and zero_point.shape[0] > 1:
-        zero_point = zero_point.index_select(0, indices)
-    return replace(table, packed=packed, scale=scale, zero_point=zero_point, shape=(len(indices), *table.shape[1:]))
 
 
 def embedding(indices: Tensor, table: QTensor) -> Tensor:
