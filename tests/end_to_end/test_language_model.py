@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fewbit
+from fewbit import QuantSpec, Recipe, Rule, Scheme, per_group
 from fewbit.generation import complete
 from fewbit.targets import saved_bytes
 
@@ -77,19 +78,25 @@ def test_transformers_and_compressed_tensors(folders: tuple[Path, Path], tmp_pat
 
 
 @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp")
-def test_llama_cpp_goes_on_with_the_same_tokens(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_llama_cpp_goes_on_as_the_model_does(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """With inputs rounded as llama.cpp rounds them. It keeps keys and values in float16: what nearly ties may go either way."""
     from transformers import AutoTokenizer
 
-    _, out = folders
+    source, _ = folders
+    weight = QuantSpec("int4", per_group(32), scale_dtype="bfloat16")
+    linear, table = Scheme(weight, QuantSpec("int8", per_group(32)), method="mse"), Scheme(weight, method="mse")
+    recipe = Recipe("q4_0", (Rule("type:Linear", linear), Rule("type:Embedding", table)))
+    out = fewbit.quantize_folder(source, tmp_path / "out", recipe, max_ram="3GB")
     file = fewbit.export_folder(out, tmp_path / "model.gguf", "gguf")
-    assert file.stat().st_size < 92e6
+    assert file.stat().st_size < 85e6
     model: Any = fewbit.load(out).float()
-    prompt = AutoTokenizer.from_pretrained(out)(PROMPT)["input_ids"]
-    command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(prompt)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    found = json.loads(result.stdout.strip().splitlines()[-1])
-    made = model.generate(torch.tensor([prompt]), max_new_tokens=64, min_new_tokens=64, do_sample=False)
-    own = made[0, len(prompt) :].tolist()
-    assert len(found) == 64
-    print(sum(a == b for a, b in zip(found, own, strict=False)), found, own)
-    assert found == own
+    for text in (PROMPT, "Once upon a time, there was a little girl who lived"):
+        prompt = AutoTokenizer.from_pretrained(out)(text)["input_ids"]
+        command = [sys.executable, "-c", LLAMA_CPP, str(file), json.dumps(prompt)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        found = torch.tensor(json.loads(result.stdout.strip().splitlines()[-1]))
+        assert len(found) == 64
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + found.tolist()])).logits[0, len(prompt) - 1 : -1]
+        behind = logits.amax(1) - logits.gather(1, found[:, None])[:, 0]
+        assert int((behind > 0).sum()) <= 4 and float(behind.max()) < 0.05 * float(logits.std())
