@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from fewbit.batches import Call, to_call
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
 from fewbit.graph import batch_size
 from fewbit.nn import LearnedGrid, Student
-from fewbit.pipeline import twin_of
+from fewbit.pipeline import float_twin
 from fewbit.plan import Recipe
 from fewbit.progress import progress
-from fewbit.training import convert, prepare_qat
+from fewbit.training import convert, origin_of, prepare_qat
 from fewbit.verify.outputs import float_tensors, main_output
 
 Loss = Callable[[Any, Any], Tensor]  # of the student's output and the batch as it was given
@@ -37,7 +38,8 @@ class Training:
     ``weight_rate``: how far AdamW moves a weight in an update, in steps of its grid; other parameters as far as an 8-bit weight
     of their size. ``step_rate``: by which share it changes a step. Both rise linearly for WARM_UP of the training and fall as
     a cosine. ``teacher``: the weight of the distance to the float model's outputs, of logits the Kullback-Leibler divergence at
-    ``temperature``; 0 leaves ``loss`` alone. ``average``: the decay of the moving average of all parameters, which is what is
+    ``temperature``; 0 leaves ``loss`` alone. ``features``: the weight, beside it, of the quantized layers' squared errors, each as
+    a share of what the float layer gives, in the mean; they train and do not judge. ``average``: the decay of the moving average of all parameters, which is what is
     kept. ``held_out``: the share of the data that is not trained on but judges. ``trainable``: see ``prepare_qat``.
     """
 
@@ -45,6 +47,7 @@ class Training:
     step_rate: float = 1e-3
     teacher: float = 1.0
     temperature: float = 2.0
+    features: float = 10.0
     average: float = 0.99
     held_out: float = 0.1
     batch_size: int = 64
@@ -86,7 +89,7 @@ def finetune(
     schedule: Iterable[float] = _timed(start, minutes)
     if steps is not None:
         schedule = [step / steps for step in range(steps)]
-    _train(student, twin_of(model), data, loss, settings, schedule)
+    _train(student, float_twin(model, origin_of(student).plan), data, loss, settings, schedule)
     return convert(student)
 
 
@@ -161,6 +164,10 @@ def _train(
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
+    layers = [name for name, module in student.named_modules() if isinstance(module, Student)]
+    if not settings.teacher or not settings.features:
+        layers = []
+
     def total(batch: Any, target: Any) -> Tensor:
         output = data.call(batch).run(student)
         error = torch.zeros(()) if loss is None else loss(output, batch)
@@ -187,17 +194,23 @@ def _train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         optimizer.zero_grad()
-        total(batch, target_of(batch)).backward()
+        with _outputs(teacher, layers) as exact:
+            target = target_of(batch)
+        with _outputs(student, layers) as found:
+            error = total(batch, target)
+        if [x.shape for x in found] == [x.shape for x in exact]:  # not where values decide what is called
+            error = error + settings.features * _mean_share(found, exact)
+        error.backward()
         optimizer.step()
         with torch.no_grad():
             decay = min(settings.average, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         if share >= due:
             due += 1 / CHECKS
-            error = judged(average)
-            waiting = 0 if error < least else waiting + 1
-            if error < least:
-                best, least = [p.clone() for p in average], error
+            now = judged(average)
+            waiting = 0 if now < least else waiting + 1
+            if now < least:
+                best, least = [p.clone() for p in average], now
             if waiting >= PATIENCE:
                 break
     if judged(average) < least:
@@ -243,6 +256,27 @@ def _distance(output: Any, target: Any, temperature: float) -> Tensor:
         p, q = (torch.log_softmax(x.float() / temperature, -1).flatten(0, -2) for x in (exact, found))
         terms = torch.where(p.isfinite(), p.exp() * (p - q), 0.0)
         return terms.sum(1).mean() * temperature**2
-    pairs = zip(float_tensors(output), float_tensors(target), strict=True)
+    return _mean_share(float_tensors(output), float_tensors(target))
+
+
+def _mean_share(found: Iterable[Tensor], exact: Iterable[Tensor]) -> Tensor:
+    """The mean of the squared errors of tensors, each as a share of the squares of what is exact; 0 without tensors."""
+    pairs = zip(found, exact, strict=True)
     shares = [(x - y).float().square().sum() / y.float().square().sum().clamp(min=1e-12) for x, y in pairs]
-    return torch.stack(shares).mean()
+    return torch.stack(shares).mean() if shares else torch.zeros(())
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: Iterable[str]) -> Iterator[list[Tensor]]:
+    """The tensors that the named layers return, in the order of the calls."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found.extend(float_tensors(output))
+
+    handles = [model.get_submodule(name).register_forward_hook(keep) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
