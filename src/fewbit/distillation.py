@@ -27,8 +27,10 @@ from fewbit.verify.outputs import float_tensors, main_output
 Loss = Callable[[Any, Any], Tensor]  # of the student's output and the batch as it was given
 CALIBRATION = 1000  # examples that ranges are taken from
 CHECKS = 20  # of the held-out loss, in a whole training
-PATIENCE = 10  # checks without improvement that end it
+PATIENCE = 10  # checks that end it if all are worse than the best by more than NOISE
+NOISE = 0.05
 WARM_UP = 0.1  # of the training
+PARTS = 8  # of the held-out examples, at least if there are as many: their spread says what is chance
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,10 @@ class Training:
     ``weight_rate``: how far AdamW moves a weight in an update, in steps of its grid; other parameters as far as an 8-bit weight
     of their size. ``step_rate``: by which share it changes a step. Both rise linearly for WARM_UP of the training and fall as
     a cosine. ``teacher``: the weight of the distance to the float model's outputs, of logits the Kullback-Leibler divergence at
-    ``temperature``; 0 leaves ``loss`` alone. ``features``: the weight, beside it, of the quantized layers' squared errors, each as
-    a share of what the float layer gives, in the mean; they train and do not judge. ``average``: the decay of the moving average of all parameters, which is what is
-    kept. ``held_out``: the share of the data that is not trained on but judges. ``trainable``: see ``prepare_qat``.
+    ``temperature``; 0 leaves ``loss`` alone. ``features``: the weight, beside it, of what the quantized layers give: the mean
+    of their squared errors, each as a share of the float layer's squares. It is trained on, but does not judge. ``average``:
+    the decay of the moving average of all parameters, which is what is kept. ``held_out``: the share of the data that is not
+    trained on but judges. ``trainable``: see ``prepare_qat``.
     """
 
     weight_rate: float = 0.005
@@ -69,7 +72,8 @@ def finetune(
     ``batches`` are read once and kept in memory; labels in them are for ``loss`` alone. The training ends after ``minutes``, or
     after ``steps`` updates if they are given: then the same seed gives the same result. ``loss(output, batch)``, if given, is
     added to the distance to the teacher. The student trains in eval mode: without dropout, its norms as they are. What is
-    returned has the least loss on held-out examples, and is what ``quantize`` gives if training did not improve on that.
+    returned has the least loss on held-out examples, and is what ``quantize`` gives if training did not improve on that by more
+    than chance.
 
     Raises what ``quantize`` raises, PlanError for settings that leave nothing to do, and UnsupportedError if an output has
     nothing to compare.
@@ -108,7 +112,7 @@ class _Data:
         order = torch.randperm(count, generator=self._random)
         kept = min(count - 1, max(1, round(settings.held_out * count)))
         self._training, held_out = order[kept:], order[:kept]
-        self.held_out = [self._batch(part) for part in held_out.split(self._size)]
+        self.held_out = [self._batch(part) for part in held_out.split(min(self._size, math.ceil(kept / PARTS)))]
 
     def calibration(self) -> list[Any]:
         """The first CALIBRATION examples of those to train on, or as many batches."""
@@ -163,7 +167,6 @@ def _train(
     optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
     layers = [name for name, module in student.named_modules() if isinstance(module, Student)]
     if not settings.teacher or not settings.features:
         layers = []
@@ -178,15 +181,16 @@ def _train(
         return data.call(batch).run(teacher) if settings.teacher else None
 
     @torch.no_grad()
-    def judged(values: list[Tensor]) -> float:
+    def judged(values: list[Tensor]) -> Tensor:
         kept = _exchange(parameters, values)
-        error = sum(float(total(*pair)) for pair in held_out) / len(held_out)
+        errors = torch.tensor([float(total(*pair)) for pair in held_out])
         _exchange(parameters, kept)
-        return error
+        return errors
 
     held_out = [(batch, target_of(batch)) for batch in data.held_out]
     average = [p.detach().clone() for p in parameters]
-    best, least, waiting, due = [p.clone() for p in average], judged(average), 0, 1 / CHECKS
+    start, at_start = [p.clone() for p in average], judged(average)
+    best, least, waiting, due = start, at_start, 0, 1 / CHECKS
     stream = data.shuffled()
     for step, share in enumerate(progress(schedule, "training")):
         batch = next(stream)
@@ -208,14 +212,22 @@ def _train(
         if share >= due:
             due += 1 / CHECKS
             now = judged(average)
-            waiting = 0 if now < least else waiting + 1
-            if now < least:
+            waiting = 0 if now.mean() < (1 + NOISE) * least.mean() else waiting + 1
+            if now.mean() < least.mean():
                 best, least = [p.clone() for p in average], now
             if waiting >= PATIENCE:
                 break
-    if judged(average) < least:
-        best = average
-    _exchange(parameters, best)
+    last = judged(average)
+    if last.mean() < least.mean():
+        best, least = average, last
+    _exchange(parameters, best if _is_less(least, at_start) else start)
+
+
+def _is_less(errors: Tensor, others: Tensor) -> bool:
+    """Whether errors on the same parts of the data are less by more than two standard errors."""
+    gains = (others - errors).double()
+    spread = float(gains.std()) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return float(gains.mean()) > 2 * spread
 
 
 @torch.no_grad()
