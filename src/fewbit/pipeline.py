@@ -19,7 +19,7 @@ from fewbit.correction import EXAMPLES, correct
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
 from fewbit.graph import Graph, Topology, read_graph, read_topology
 from fewbit.methods import METHODS
-from fewbit.nn import QuantizedLayer, Student, float_class, input_placeholder, layer_class
+from fewbit.nn import QuantizedLayer, Student, float_class, input_placeholder, kind_of, layer_class
 from fewbit.observers import SecondMoment
 from fewbit.plan import Plan, Recipe, load_recipe, make_plan
 from fewbit.processes import count, gathered, sharing
@@ -183,8 +183,7 @@ def skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     twin = float_twin(model, plan)
     modules = dict(twin.named_modules())
     for name, site in plan.sites.items():
-        cls = float_class(modules[name]) if name in modules else None
-        if cls is None or cls.__name__ != site.type:
+        if name not in modules or float_class(modules[name]) is None or kind_of(modules[name]) != site.type:
             found = type(modules[name]).__name__ if name in modules else "no such layer"
             raise PlanError(f"plan.sites.{name}: needs a {site.type}, found {found} in this {type(model).__name__}.")
         shapes = {k: tuple(m.shape) for k, m in layer_class(modules[name]).matrices(modules[name]).items()}
@@ -374,7 +373,8 @@ def _quantized_weights(twin: nn.Module, plan: Plan, statistics: Statistics, know
                 result[name][key] = done[parameter]
                 continue
             try:
-                weight = method.quantize(matrix.detach(), site.scheme.weight, importance, layer.pairs(module))
+                own = None if importance is None else importance.to(matrix.device)
+                weight = method.quantize(matrix.detach(), site.scheme.weight, own, layer.pairs(module))
             except ValueError as error:
                 raise PlanError(f"{name or type(twin).__name__}.{key}: cannot be quantized: {error}") from None
             result[name][key] = weight

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from fewbit.nn.conv import Conv
 from fewbit.nn.embedding import Embedding, EmbeddingBag
+from fewbit.nn.experts import Experts
 from fewbit.nn.layer import QuantizedLayer, input_placeholder
-from fewbit.nn.layers import LAYERS, float_class, layer_class, qualified_name
+from fewbit.nn.layers import LAYERS, float_class, kind_of, layer_class, qualified_name
 from fewbit.nn.linear import FusedLinear, Linear
 from fewbit.nn.recurrent import GRU, LSTM
 from fewbit.nn.student import LearnedGrid, Student, student_class
@@ -17,6 +18,7 @@ __all__ = [
     "Conv",
     "Embedding",
     "EmbeddingBag",
+    "Experts",
     "FusedLinear",
     "LearnedGrid",
     "Linear",
@@ -24,6 +26,7 @@ __all__ = [
     "Student",
     "float_class",
     "input_placeholder",
+    "kind_of",
     "layer_class",
     "qualified_name",
     "student_class",

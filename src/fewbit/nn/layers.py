@@ -6,6 +6,7 @@ from torch import nn
 
 from fewbit.nn.conv import Conv
 from fewbit.nn.embedding import Embedding, EmbeddingBag
+from fewbit.nn.experts import Experts, is_experts
 from fewbit.nn.layer import QuantizedLayer
 from fewbit.nn.linear import FusedLinear, Linear
 from fewbit.nn.recurrent import GRU, LSTM
@@ -29,18 +30,23 @@ LAYERS: dict[str, type[QuantizedLayer]] = {
 
 
 def float_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class in LAYERS that ``module`` is an instance of, or None."""
+    """The class in LAYERS that ``module`` is an instance of, its own if it is one of transformers' experts, or None."""
     for cls in type(module).__mro__:
         if qualified_name(cls) in LAYERS:
             return cls
-    return None
+    return type(module) if is_experts(module) else None
 
 
 def layer_class(module: nn.Module) -> type[QuantizedLayer]:
     """The quantized twin's class of a module that has a ``float_class``."""
     cls = float_class(module)
     assert cls is not None
-    return LAYERS[qualified_name(cls)]
+    return LAYERS.get(qualified_name(cls), Experts)
+
+
+def kind_of(module: nn.Module) -> str:
+    """What rules and plans call the layer: the name of its ``float_class``, ``Experts``, or that of its own class."""
+    return "Experts" if is_experts(module) else (float_class(module) or type(module)).__name__
 
 
 def qualified_name(cls: type) -> str:

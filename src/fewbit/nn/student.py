@@ -14,6 +14,7 @@ from torch.nn.functional import linear, pad
 
 from fewbit.nn.conv import Conv, geometry_of
 from fewbit.nn.embedding import Embedding, EmbeddingBag, bags
+from fewbit.nn.experts import Experts, adopt, bias_of, rows_of, run_experts
 from fewbit.nn.layer import QuantizedLayer, store_grid, stored_grid
 from fewbit.nn.layers import float_class, layer_class
 from fewbit.nn.linear import FusedLinear, Linear
@@ -264,6 +265,31 @@ class StudentRecurrent(Student):
         return run_layers(self, input, hx, one)
 
 
+class StudentExperts(Student):
+    """Experts of mixture models."""
+
+    def _adopt(self, layer: nn.Module) -> None:
+        self._children: tuple[str, ...] = ()
+        adopt(self, layer, {name: self.matrix(name).shape[0] for name in self.quantized_names})
+        self._children = tuple(name for name, _ in layer.named_children())
+
+    @property
+    def float_layer(self) -> nn.Module:
+        layer = super().float_layer
+        for name in self._children:
+            layer.add_module(name, self.get_submodule(name))
+        return layer
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        weights = {name: self.rounded(name) for name in self.quantized_names}
+
+        def product(x: Tensor, name: str, expert: int) -> Tensor:
+            own = weights[name][rows_of(self, name, expert)]
+            return linear(self.rounded_input(x), own, bias_of(self, name, expert))
+
+        return run_experts(self, product, hidden_states, top_k_index, top_k_weights)
+
+
 STUDENTS: dict[type[QuantizedLayer], type[Student]] = {
     Linear: StudentLinear,
     FusedLinear: StudentLinear,
@@ -272,6 +298,7 @@ STUDENTS: dict[type[QuantizedLayer], type[Student]] = {
     EmbeddingBag: StudentEmbeddingBag,
     LSTM: StudentRecurrent,
     GRU: StudentRecurrent,
+    Experts: StudentExperts,
 }
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from fewbit.errors import PlanError, unknown
-from fewbit.nn import QuantizedLayer, float_class, layer_class
+from fewbit.nn import QuantizedLayer, float_class, kind_of, layer_class
 from fewbit.plan.plan import Plan, Site, header_bytes
 from fewbit.plan.recipe import Recipe, Rule
 from fewbit.spec import PER_TOKEN, Scheme
@@ -24,7 +24,7 @@ def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
     PlanError if a rule matches nothing, asks a layer for what it cannot do, or nothing at all can be quantized.
     """
     candidates = _candidates(model)
-    kinds = {name: (float_class(module) or type(module)).__name__ for name, module in candidates.items()}
+    kinds = {name: kind_of(module) for name, module in candidates.items()}
     _check_rules(recipe, kinds)
     sites: dict[str, Site] = {}
     skipped: dict[str, str] = {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.errors import CheckpointError, UnsupportedError
-from fewbit.nn import Linear, QuantizedLayer
+from fewbit.nn import Experts, Linear, QuantizedLayer
 from fewbit.pipeline import sites_of
 from fewbit.qtensor import dequantize
 from fewbit.source import CONFIG, SINGLE, copy_texts, read_config
@@ -37,6 +37,11 @@ def export_compressed_tensors(folder: Path, out: Path) -> Path:
     if (out / SINGLE).exists():
         raise CheckpointError(f"{out}: has a {SINGLE} already; give a new folder, or delete it.")
     sites = dict(sites_of(model))
+    for name, site in sites.items():
+        if isinstance(site, Experts):
+            raise UnsupportedError(
+                f"{folder}: {name}: experts of a mixture model are not written as compressed-tensors; exclude them."
+            )
     uses = Counter(id(site.weight_packed) for site in sites.values())
     linear = {name: site for name, site in sites.items() if type(site) is Linear and uses[id(site.weight_packed)] == 1}
     group = _group(linear, folder)
