@@ -162,6 +162,31 @@ def test_a_text_calibrates_and_judges_a_folder(
     assert code == 0 and "KL" in output
 
 
+def test_bits_and_size_give_sensitive_layers_more(
+    decoder: Callable[..., Any],
+    write_tokenizer: Callable[[Path], None],
+    task: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    decoder(vocab_size=512, dtype=torch.float32).save_pretrained(tmp_path / "hf")
+    write_tokenizer(tmp_path / "hf")
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().encode("ascii", "ignore").decode())
+    arguments = ["quantize", tmp_path / "hf", "--recipe", "int4-symmetric", "--bits", 5.5]
+    code, output = invoke(*arguments, "--out", tmp_path / "out", "--text", text)
+    assert code == 0, output
+    sites = fewbit.plan_of(fewbit.load(tmp_path / "out")).sites.values()
+    formats = {site.scheme.weight.format for site in sites if site.type == "Linear"}
+    assert "int4" in formats and len(formats) > 1
+    capsys.readouterr()
+    for extra, message in ((["--max-ram", "1GB", "--text", text], "leave out --max-ram"), ([], "give a --text")):
+        assert message in failing(monkeypatch, capsys, *arguments, "--out", tmp_path / "none", *extra)
+    code, output = invoke("quantize", task, "--recipe", "int4-dynamic", "--size", "1MB", "--out", tmp_path / "small")
+    assert code == 0, output
+
+
 def test_help_names_the_verbs() -> None:
     code, output = invoke("--help")
     assert code == 0 and all(verb in output for verb in ("doctor", "quantize", "auto", "compare", "report"))

@@ -25,7 +25,7 @@ from fewbit.huggingface import register_when_imported as _register_when_imported
 from fewbit.kvcache import int8_cache
 from fewbit.pipeline import plan_of, quantize
 from fewbit.plan import Plan, Recipe, Rule, load_recipe, make_plan, presets
-from fewbit.search import Answer, Trial, autoquantize
+from fewbit.search import Answer, Trial, autoquantize, mixed_precision
 from fewbit.spec import PER_TENSOR, PER_TOKEN, Granularity, QuantSpec, Scheme, per_channel, per_group
 from fewbit.streaming import quantize_folder
 from fewbit.targets import Lowered, load, save
@@ -73,6 +73,7 @@ __all__ = [
     "load_task",
     "lower",
     "make_plan",
+    "mixed_precision",
     "per_channel",
     "per_group",
     "plan_of",

@@ -57,15 +57,29 @@ def quantize(
     exclude: Exclude = None,
     max_ram: Annotated[str | None, typer.Option(help='for a folder: the most memory to take, like "6GB"')] = None,
     text: Annotated[Path | None, typer.Option(help="for a folder: a text file to calibrate with")] = None,
+    bits: Annotated[float | None, typer.Option(help="of a weight on average: sensitive layers get more")] = None,
+    size: Annotated[str | None, typer.Option(help='of the model, like "3.5GB": sensitive layers get more bits')] = None,
 ) -> None:
     """Quantize a model and save it; a Hugging Face folder piece by piece, in little memory."""
+    chosen = fewbit.load_recipe(recipe, exclude or ())
+    mixed = bits is not None or size is not None
     if source.is_dir():
+        if mixed and text is None:
+            raise FewbitError(f"{source}: --bits and --size measure which layers are sensitive: give a --text.")
+        if mixed and max_ram is not None:
+            raise FewbitError(
+                "--bits and --size have the float model and its gradients in memory: leave out --max-ram."
+            )
         calibration = None if text is None else read_windows(source, text)
-        folder = fewbit.quantize_folder(source, out, recipe, exclude or (), max_ram, calibration)
+        if mixed:
+            chosen = fewbit.mixed_precision(fewbit.load_task(source).model, chosen, calibration, bits=bits, size=size)
+        folder = fewbit.quantize_folder(source, out, chosen, (), max_ram, calibration)
         plan = read_checkpoint(folder).plan
     else:
         task = fewbit.load_task(source)
-        quantized = fewbit.quantize(task.model, recipe, task.calibration, exclude or ())
+        if mixed:
+            chosen = fewbit.mixed_precision(task.model, chosen, task.calibration, bits=bits, size=size)
+        quantized = fewbit.quantize(task.model, chosen, task.calibration)
         folder, plan = fewbit.save(quantized, out), fewbit.plan_of(quantized)
     console.print(plan.summary())
     console.print(f"saved to {folder}: {saved_bytes(folder) / 1e6:.2f} MB")

@@ -95,7 +95,7 @@ def decide(model: nn.Module, recipe: str | Path | Recipe, calibration: Any, excl
     twin = twin_of(model)
     own = next(batches) if batches is not None else None
     first = gathered(own)[0]
-    twin, places, unread = _find_transforms(twin, recipe, first)
+    twin, places, unread = find_transforms(twin, recipe, first)
     plan = make_plan(twin, recipe)
     plan = replace(plan, transforms=places, skipped={**plan.skipped, **unread})
     statistics: Statistics = {}
@@ -232,7 +232,7 @@ def unshare(twin: nn.Module, model: nn.Module) -> None:
                 module._parameters[name] = copies[id(parameter)]
 
 
-def _find_transforms(
+def find_transforms(
     twin: nn.Module, recipe: Recipe, first: Call | None
 ) -> tuple[nn.Module, dict[str, list[Any]], dict[str, str]]:
     """The transformed twin, where each transform applied, and the transforms that could not be looked for."""

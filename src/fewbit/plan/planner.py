@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
 from fewbit.errors import PlanError, unknown
 from fewbit.nn import QuantizedLayer, float_class, kind_of, layer_class
 from fewbit.plan.plan import Plan, Site, header_bytes
-from fewbit.plan.recipe import Recipe, Rule
+from fewbit.plan.recipe import Recipe, Rule, load_recipe
 from fewbit.spec import PER_TOKEN, Scheme
 
 # A smaller share of a layer's weights stays float. There is nothing to gain by it, and in recurrent layers it is the matrix
@@ -18,11 +19,12 @@ from fewbit.spec import PER_TOKEN, Scheme
 SMALL_SHARE = 0.05
 
 
-def make_plan(model: nn.Module, recipe: Recipe) -> Plan:
+def make_plan(model: nn.Module, recipe: str | Path | Recipe) -> Plan:
     """Decide for every layer of ``model`` (its transforms applied). Needs no data and works on meta.
 
     PlanError if a rule matches nothing, asks a layer for what it cannot do, or nothing at all can be quantized.
     """
+    recipe = load_recipe(recipe)
     candidates = _candidates(model)
     kinds = {name: kind_of(module) for name, module in candidates.items()}
     _check_rules(recipe, kinds)
