@@ -33,6 +33,11 @@ def held_out_error(model: nn.Module, candidate: nn.Module, batches: list[Tensor]
         return sum(float(_distance(*pair, settings.temperature)) for pair in pairs) / len(pairs)
 
 
+@torch.no_grad()
+def error_on(x: Tensor, model: nn.Module, candidate: nn.Module) -> float:
+    return float(_distance(candidate(x), model(x), 2.0))
+
+
 def equal(first: nn.Module, second: nn.Module) -> bool:
     a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -48,6 +53,9 @@ def test_result_is_never_worse_than_its_start(seed: int) -> None:
     tuned = fewbit.finetune(model, LOW, batches, steps=30, training=settings)
     before, after = (held_out_error(model, candidate, batches, settings) for candidate in (start, tuned))
     assert after <= before * (1 + 1e-4)
+    fresh = torch.randn(4096, 16)  # data that neither trained nor judged
+    before, after = (error_on(fresh, model, candidate) for candidate in (start, tuned))
+    assert after <= before * (1 + 1e-4)
 
 
 def test_training_helps() -> None:
@@ -57,6 +65,40 @@ def test_training_helps() -> None:
     tuned = fewbit.finetune(model, LOW, batches, steps=300, training=settings)
     before, after = (held_out_error(model, candidate, batches, settings) for candidate in (start, tuned))
     assert after < 0.8 * before
+
+
+def test_features_bring_the_outputs_of_layers_nearer() -> None:
+    torch.manual_seed(0)
+    hidden = [layer for _ in range(5) for layer in (nn.Linear(32, 32), nn.ReLU())]
+    model = nn.Sequential(*hidden, nn.Linear(32, 5)).eval()
+    batches, x = list(torch.randn(512, 32).split(32)), torch.randn(1024, 32)
+    found = []
+    for features in (0.0, 10.0):
+        settings = Training(weight_rate=0.02, held_out=0.25, features=features)
+        tuned: Any = fewbit.finetune(model, LOW, batches, steps=200, training=settings)
+        with torch.no_grad():
+            inner, exact = tuned[:8](x), model[:8](x)
+        found.append(float((inner - exact).norm() / exact.norm()))
+        assert not any(module._forward_hooks for module in (*model.modules(), *tuned.modules()))
+    assert found[1] < 0.85 * found[0]
+
+
+class EarlyExit(nn.Module):
+    """Calls its second layer only if a value is large: the student and its teacher may part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return self.second(y) if float(y.detach().mean()) > 0 else y
+
+
+def test_layers_that_only_one_of_the_two_calls_are_not_compared() -> None:
+    torch.manual_seed(0)
+    model = EarlyExit().eval()
+    fewbit.finetune(model, LOW, list(torch.randn(256, 16).split(32)), steps=30, training=Training(batch_size=4))
 
 
 def test_the_same_seed_gives_the_same_model_and_touches_no_random_state() -> None:
