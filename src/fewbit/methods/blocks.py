@@ -10,7 +10,7 @@ that every step is one pass over contiguous memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +38,13 @@ class Blocks:
 def total(values: Tensor) -> Tensor:
     """The sum over the first axis, always in the same order: torch's depends on how many columns there are, and what is found
     for a block must not depend on what else is searched at the time."""
-    while len(values) > 1:
-        half = len(values) // 2
-        rest = values[2 * half :]
-        values = values[:half] + values[half : 2 * half]
-        if len(rest):
-            values[:1] += rest
+    count = values.shape[0]
+    while count > 1:
+        first, second, *rest = values.split(count // 2)
+        values = first + second
+        for row in rest:
+            values[:1] += row
+        count //= 2
     return values[0]
 
 
@@ -63,20 +64,26 @@ def as_blocks(matrix: Tensor, granularity: Granularity) -> Tensor:
 def best_grid(blocks: Blocks, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """float32 scale and zero point ``[blocks]`` (0 if symmetric), whatever the precision that scales are kept in."""
     search = _Search(blocks, spec)
-    for shift in (0,) if spec.symmetric else SHIFTS:
-        for share in SHARES:
-            search.attempt(search.full * share, search.start + shift)
+    for share in SHARES:
+        scale = search.full * share
+        search.attempt(scale, [search.start + shift for shift in _shifts(spec)])
     for _ in range(ROUNDS):
-        search.attempt(*search.regression())
+        scale, zero = search.regression()
+        search.attempt(scale, [zero])
     return search.scale * search.unit, search.zero
 
 
-def error(blocks: Blocks, spec: QuantSpec, scale: Tensor, zero: Tensor) -> Tensor:
-    """``sum h (w - s d)^2`` of each block, relative to the square of its largest weight."""
-    inverse = torch.where(scale > 0, 1 / scale, 0)
-    v = blocks.w * inverse
-    e = (v - levels(v, spec, zero)) * (scale / _peak(blocks.w))
-    return torch.where(scale > 0, blocks.sum(e.square_()), torch.inf)
+def _shifts(spec: QuantSpec) -> tuple[int, ...]:
+    return (0,) if spec.symmetric else SHIFTS
+
+
+def _errors(blocks: Blocks, spec: QuantSpec, scale: Tensor, zeros: Sequence[Tensor]) -> Iterator[Tensor]:
+    """``sum h (w - s d)^2`` of each block for each zero point, relative to the square of its largest weight."""
+    v = blocks.w * torch.where(scale > 0, 1 / scale, 0)
+    rounded, weight = _rounded(v, spec), scale / _peak(blocks.w)
+    for zero in zeros:
+        e = (v - _within(rounded, spec, zero)).mul_(weight)
+        yield torch.where(scale > 0, blocks.sum(e.square_()), torch.inf)
 
 
 def best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -85,9 +92,8 @@ def best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor,
     least = torch.full_like(options[0][1], torch.inf)
     index, best = torch.zeros_like(least, dtype=torch.int64), options[0][1]
     for number, (scale, zero) in enumerate(options):
-        for shift in (0,) if spec.symmetric else SHIFTS:
-            shifted = zero if spec.symmetric else (zero + shift).clamp(low, high)
-            e = error(blocks, spec, scale, shifted)
+        zeros = [zero if spec.symmetric else (zero + shift).clamp(low, high) for shift in _shifts(spec)]
+        for shifted, e in zip(zeros, _errors(blocks, spec, scale, zeros), strict=True):
             better = e < least
             least = torch.where(better, e, least)
             index = torch.where(better, number, index)
@@ -97,10 +103,21 @@ def best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor,
 
 def levels(v: Tensor, spec: QuantSpec, zero: Tensor) -> Tensor:
     """``v`` rounded to what codes stand for at scale 1."""
-    low, high = spec.number.bound(spec.symmetric)
+    return _within(_rounded(v, spec), spec, zero)
+
+
+def _rounded(v: Tensor, spec: QuantSpec) -> Tensor:
+    """``levels`` before it matters where zero is."""
     if not spec.number.is_integer:
-        return spec.number.decode(spec.number.encode(v.clamp(low, high)))
-    return torch.clamp(v.round(), low - zero, high - zero)
+        return spec.number.decode(spec.number.encode(v.clamp(*spec.number.bound(spec.symmetric))))
+    return v.round()
+
+
+def _within(rounded: Tensor, spec: QuantSpec, zero: Tensor) -> Tensor:
+    if not spec.number.is_integer:
+        return rounded
+    low, high = spec.number.bound(spec.symmetric)
+    return torch.clamp(rounded, low - zero, high - zero)
 
 
 def _peak(w: Tensor) -> Tensor:
@@ -128,19 +145,21 @@ class _Search:
         self.scale, self.zero = self.full, self.start
         self.gain = torch.full_like(low, -torch.inf)
 
-    def attempt(self, scale: Tensor, zero: Tensor) -> None:
-        """Codes of this grid with the scale that fits them best; kept where they are the best so far."""
-        if not self.spec.symmetric:
-            zero = zero.clamp(self.low_code, self.high_code)
-        d = levels(self.blocks.w / scale, self.spec, zero)
-        hd = d if self.blocks.h is None else d * self.blocks.h
-        wd, dd = total(hd * self.blocks.w), total(hd * d)
-        fits = (dd > 0) & (wd > 0)
-        gain = torch.where(fits, wd.square() / dd, 0)  # how much less than sum h w^2 the error is
-        better = gain > self.gain
-        self.gain = torch.where(better, gain, self.gain)
-        self.scale = torch.where(better, torch.where(fits, wd / dd, scale), self.scale)
-        self.zero = torch.where(better, zero, self.zero)
+    def attempt(self, scale: Tensor, zeros: Sequence[Tensor]) -> None:
+        """Codes of these grids with the scale that fits them best; kept where they are the best so far."""
+        rounded = _rounded(self.blocks.w / scale, self.spec)
+        for zero in zeros:
+            if not self.spec.symmetric:
+                zero = zero.clamp(self.low_code, self.high_code)
+            d = _within(rounded, self.spec, zero)
+            hd = d if self.blocks.h is None else d * self.blocks.h
+            wd, dd = total(hd * self.blocks.w), total(hd * d)
+            fits = (dd > 0) & (wd > 0)
+            gain = torch.where(fits, wd.square() / dd, 0)  # how much less than sum h w^2 the error is
+            better = gain > self.gain
+            self.gain = torch.where(better, gain, self.gain)
+            self.scale = torch.where(better, torch.where(fits, wd / dd, scale), self.scale)
+            self.zero = torch.where(better, zero, self.zero)
 
     def regression(self) -> tuple[Tensor, Tensor]:
         """Slope and intercept of the weights over the codes of the best grid."""
