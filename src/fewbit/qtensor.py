@@ -311,24 +311,23 @@ def pack(codes: Tensor, number: Format) -> Tensor:
     if number.bits == 8:
         return codes.contiguous()
     per_word = 32 // number.bits
-    unsigned = codes.to(torch.int64) - number.code_min
+    unsigned = codes.to(torch.int32) - number.code_min
     unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % per_word))
     fields = unsigned.reshape(*codes.shape[:-1], unsigned.shape[-1] // per_word, per_word)
-    words = (fields << _shifts(number, codes.device)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    return (fields << _shifts(number, codes.device)).sum(-1, dtype=torch.int32)  # bits of no two codes meet
 
 
 def unpack(packed: Tensor, number: Format, shape: tuple[int, ...]) -> Tensor:
     """The inverse of ``pack``: codes of ``shape``."""
     if number.bits == 8:
         return packed
-    fields = (packed.unsqueeze(-1) >> _shifts(number, packed.device).to(torch.int32)) & (2**number.bits - 1)
+    fields = (packed.unsqueeze(-1) >> _shifts(number, packed.device)) & (2**number.bits - 1)
     length = packed.shape[-1] * (32 // number.bits)
     return (fields.reshape(*shape[:-1], length)[..., : shape[-1]] + number.code_min).to(number.dtype)
 
 
 def _shifts(number: Format, device: torch.device) -> Tensor:
-    return torch.arange(0, 32 // number.bits * number.bits, number.bits, device=device)
+    return torch.arange(0, 32 // number.bits * number.bits, number.bits, dtype=torch.int32, device=device)
 
 
 def _working(x: Tensor) -> Tensor:
