@@ -10,14 +10,6 @@
 
 #include "tensors.h"
 
-// Two versions of a function, of which the dynamic linker takes the better one that the CPU has.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
-#define FEWBIT_VERSIONS __attribute__((target_clones("avx2", "default")))
-#else
-#define FEWBIT_VERSIONS
-#endif
-#define FEWBIT_INLINE inline __attribute__((always_inline))
-
 namespace fewbit {
 
 namespace {

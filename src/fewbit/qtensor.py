@@ -312,7 +312,8 @@ def pack(codes: Tensor, number: Format) -> Tensor:
         return codes.contiguous()
     per_word = 32 // number.bits
     unsigned = codes.to(torch.int32) - number.code_min
-    unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % per_word))
+    if missing := -codes.shape[-1] % per_word:
+        unsigned = torch.nn.functional.pad(unsigned, (0, missing))
     fields = unsigned.reshape(*codes.shape[:-1], unsigned.shape[-1] // per_word, per_word)
     return (fields << _shifts(number, codes.device)).sum(-1, dtype=torch.int32)  # bits of no two codes meet
 

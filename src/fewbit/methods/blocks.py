@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbit.formats import FORMATS
+from fewbit.ops import native
+from fewbit.ops.linear import LIBRARY, TAGS, register
 from fewbit.spec import Granularity, QuantSpec
 
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.67, 0.6)  # of a block's range: what is beyond it is clipped
@@ -25,10 +28,15 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class Blocks:
-    """Weights ``w`` ``[elements, blocks]`` and how much each matters, ``h``, of the same shape; None: all the same."""
+    """Weights ``w`` ``[elements, blocks]`` and how much each matters, ``h``, of a shape that expands to theirs; None: all the
+    same."""
 
     w: Tensor
     h: Tensor | None
+
+    def contiguous(self) -> tuple[Tensor, Tensor | None]:
+        """Both as operators take them."""
+        return self.w.contiguous(), None if self.h is None else self.h.expand_as(self.w).contiguous()
 
     def sum(self, values: Tensor) -> Tensor:
         """``sum h values`` of each block."""
@@ -63,11 +71,22 @@ def as_blocks(matrix: Tensor, granularity: Granularity) -> Tensor:
 
 def best_grid(blocks: Blocks, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """float32 scale and zero point ``[blocks]`` (0 if symmetric), whatever the precision that scales are kept in."""
+    if not spec.number.is_integer:
+        return _best_grid(blocks, spec, SHARES, ROUNDS)
+    w, h = blocks.contiguous()
+    shares, shifts = (torch.tensor([own], dtype=torch.float32) for own in (SHARES, _shifts(spec)))
+    found: tuple[Tensor, Tensor] = torch.ops.fewbit.search_grid.default(
+        w, h, *spec.number.bound(spec.symmetric), spec.symmetric, shares, shifts, ROUNDS
+    )
+    return found
+
+
+def _best_grid(blocks: Blocks, spec: QuantSpec, shares: Sequence[float], rounds: int) -> tuple[Tensor, Tensor]:
     search = _Search(blocks, spec)
-    for share in SHARES:
+    for share in shares:
         scale = search.full * share
         search.attempt(scale, [search.start + shift for shift in _shifts(spec)])
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         scale, zero = search.regression()
         search.attempt(scale, [zero])
     return search.scale * search.unit, search.zero
@@ -88,6 +107,18 @@ def _errors(blocks: Blocks, spec: QuantSpec, scale: Tensor, zeros: Sequence[Tens
 
 def best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Which of several scales is best for each block, the first of equals, and the best zero point near that scale's own."""
+    if not spec.number.is_integer:
+        return _best_option(blocks, spec, options)
+    w, h = blocks.contiguous()
+    scale, zero = (torch.stack([x.to(torch.float32) for x in own]) for own in zip(*options, strict=True))
+    shifts = torch.tensor([_shifts(spec)], dtype=torch.float32)
+    index, best = torch.ops.fewbit.choose_grid.default(
+        w, h, scale, zero, *spec.number.bound(spec.symmetric), spec.symmetric, shifts
+    )
+    return index.to(torch.int64), best
+
+
+def _best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     low, high = spec.number.bound(spec.symmetric)
     least = torch.full_like(options[0][1], torch.inf)
     index, best = torch.zeros_like(least, dtype=torch.int64), options[0][1]
@@ -176,3 +207,38 @@ class _Search:
         intercept = (sw - slope * sd) / one
         zero = (self.zero - intercept / slope).round()
         return slope, torch.where(usable & zero.isfinite(), zero, self.zero)
+
+
+def _spec(low: float, high: float, symmetric: bool) -> QuantSpec:
+    """One with these codes."""
+    bounds = {name: number.bound(symmetric) for name, number in FORMATS.items() if number.is_integer}
+    return QuantSpec(next(name for name, bound in bounds.items() if bound == (low, high)), symmetric=symmetric)
+
+
+def _search_grid(
+    w: Tensor, h: Tensor | None, low: float, high: float, symmetric: bool, shares: Tensor, shifts: Tensor, rounds: int
+) -> tuple[Tensor, Tensor]:
+    native.remind(w)
+    return _best_grid(Blocks(w, h), _spec(low, high, symmetric), shares[0].tolist(), rounds)
+
+
+def _choose_grid(
+    w: Tensor, h: Tensor | None, scale: Tensor, zero: Tensor, low: float, high: float, symmetric: bool, shifts: Tensor
+) -> tuple[Tensor, Tensor]:
+    native.remind(w)
+    index, best = _best_option(Blocks(w, h), _spec(low, high, symmetric), list(zip(scale, zero, strict=True)))
+    return index.to(torch.float32), best
+
+
+_CODES = "float low, float high, bool symmetric"
+# w and h are [elements, blocks], shares and shifts rows of constants, the results [blocks].
+LIBRARY.define(
+    f"search_grid(Tensor w, Tensor? h, {_CODES}, Tensor shares, Tensor shifts, int rounds) -> (Tensor, Tensor)",
+    tags=TAGS,
+)
+LIBRARY.define(
+    f"choose_grid(Tensor w, Tensor? h, Tensor scale, Tensor zero, {_CODES}, Tensor shifts) -> (Tensor, Tensor)",
+    tags=TAGS,
+)
+register("search_grid", _search_grid, lambda w, *_: (w.new_empty(w.shape[1]), w.new_empty(w.shape[1])))
+register("choose_grid", _choose_grid, lambda w, *_: (w.new_empty(w.shape[1]), w.new_empty(w.shape[1])))
