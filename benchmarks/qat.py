@@ -10,7 +10,7 @@ Accuracy: each candidate is made and evaluated in a fresh process, on all cores.
 of steps on batches of the same data, with AdamW, a warm-up and a cosine, towards the float model's outputs, without labels:
 ``finetune`` with its defaults, and the loop below for peers. Of several learning rates (RATES) a peer keeps the model with the
 best score, on the data that it is evaluated on; ours has one. A float model has nothing to learn from its own outputs; what it
-gains from labels in the steps of W4A4 is "FP32 with labels", to be compared with "fewbit QAT with labels" alone. ``seconds``,
+gains from labels in as many steps is "FP32 with labels", to be compared with "fewbit QAT with labels" alone. ``seconds``,
 those of one rate, and ``peak MB`` are from the float model and the data in memory to the trained
 model. ``simulated``: the share of outputs whose top-1 is the same in the student and in what it is converted to. ``lowered``:
 the score on fewbit's integer kernels. MiniLM has no classes: its top-1 is the nearest other sentence.
@@ -68,7 +68,7 @@ FLOAT, LABELS, PTQ, OURS, OURS_LABELS = (
 )
 # The first were found by trials of 30 to 80 steps, judged on batches of the training data that were left out.
 RATES = {
-    LABELS: {"W4A4": (1e-5,)},
+    LABELS: {"W8A8": (1e-5,), "W4A4": (1e-5,)},
     "torchao PT2E QAT": {"W8A8": (1e-5,), "W4A8": (1e-5, 1e-4), "W4A4": (1e-3, 1e-4)},
     "torchao QAT": {"W8A8": (1e-5,), "W4A8": (1e-4,), "W4A4": (1e-4,)},
 }
@@ -81,8 +81,8 @@ def candidates(model_name: str) -> list[tuple[str, str]]:
     """What, and the bits."""
     peer = "torchao QAT" if model_name == "MiniLM" else "torchao PT2E QAT"
     pairs = [(what, bits) for bits in BITS for what in (PTQ, OURS, peer)]
-    labelled = [] if model_name == "MiniLM" else [(LABELS, "W4A4"), (OURS_LABELS, "W4A4")]
-    return [(FLOAT, ""), *pairs, *labelled]
+    labelled = [(what, bits) for bits in ("W8A8", "W4A4") for what in (LABELS, OURS_LABELS)]
+    return [(FLOAT, ""), *pairs, *([] if model_name == "MiniLM" else labelled)]
 
 
 def recipe(bits: str, case: Case) -> fewbit.Recipe:
