@@ -66,10 +66,11 @@ FLOAT, LABELS, PTQ, OURS, OURS_LABELS = (
     "fewbit QAT",
     "fewbit QAT with labels",
 )
-# The first were found by trials of 30 to 80 steps, judged on batches of the training data that were left out.
+# Found by trials of 30 to 80 steps, judged on batches of the training data that were left out; 1e-4 is worse for W4A4 in 600
+# steps of Fashion-MNIST too.
 RATES = {
     LABELS: {"W8A8": (1e-5,), "W4A4": (1e-5,)},
-    "torchao PT2E QAT": {"W8A8": (1e-5,), "W4A8": (1e-5, 1e-4), "W4A4": (1e-3, 1e-4)},
+    "torchao PT2E QAT": {"W8A8": (1e-5,), "W4A8": (1e-5, 1e-4), "W4A4": (1e-3,)},
     "torchao QAT": {"W8A8": (1e-5,), "W4A8": (1e-4,), "W4A4": (1e-4,)},
 }
 Loss = Callable[[Any, Any], Tensor]  # of the output and the batch
