@@ -11,7 +11,7 @@ is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of quanti
 
 ``random tokens``: calibration without data, 1024 tokens drawn at random. ``mixed``: the bits that the linear layers may have
 on average. GGUF types: weights rounded by the package gguf. Peers have the table in Q8_0. HQQ is not in the extra ``bench``,
-since transformers imports what is installed: pip install --no-deps hqq termcolor. Left out, as they bring their own torch or
+since transformers imports what is installed; without it its row is left out: pip install --no-deps hqq termcolor. Left out, as they bring their own torch or
 need a GPU: GPTQModel, llm-compressor, AutoRound.
 """
 

@@ -130,7 +130,7 @@ def qat(rows: list[dict[str, Any]]) -> list[list[str]]:
             line[7] = f"{row['flips']} of {row['examples']}"
             line[8:] = [f"{row['seconds']:.0f} s", f"{row['peak MB'] - row['loaded MB']:.0f} MB"]
         start = rounded.get((row["model"], row["bits"]))
-        if start and row is not start and start["low"] > 0:
+        if start and row is not start and not row["what"].startswith("FP32") and start["low"] > 0:
             line[5] = f"{100 * (1 - row['drop'] / start['drop']):.0f} %"
         table.append(line)
     return table
