@@ -10,9 +10,9 @@ windows of both texts. ``bits`` count codes, scales and zero points of the linea
 is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of quantizing, the float model included in the memory.
 
 ``random tokens``: calibration without data, 1024 tokens drawn at random. ``mixed``: the bits that the linear layers may have
-on average. GGUF types: weights rounded by the package gguf. Peers have the table in Q8_0. HQQ is not in the extra ``bench``,
-since transformers imports what is installed; without it its row is left out: pip install --no-deps hqq termcolor. Left out, as they bring their own torch or
-need a GPU: GPTQModel, llm-compressor, AutoRound.
+on average. GGUF types: weights rounded by the package gguf. Peers have the table in Q8_0. HQQ is not in
+the extra ``bench``, since transformers imports what is installed; without it its row is left out: pip install --no-deps hqq
+termcolor. Left out too, as they bring their own torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
 """
 
 from __future__ import annotations
