@@ -80,10 +80,10 @@ def to_call(model: nn.Module, batch: Any, where: str) -> Call:
     return call
 
 
-def run(model: nn.Module, call: Call, where: str) -> Any:
-    """``model`` on one call, without gradients; what the model raises becomes a CalibrationError that says on what."""
+def run(model: nn.Module, call: Call, where: str, gradients: bool = False) -> Any:
+    """``model`` on one call; what the model raises becomes a CalibrationError that says on what."""
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             return call.run(model)
     except CalibrationError:
         raise

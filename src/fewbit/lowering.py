@@ -94,16 +94,17 @@ def _float_layer(layer: QuantizedLayer) -> nn.Module:
     if isinstance(layer, Conv):
         geometry = layer.geometry
         outputs, channels, *kernel = geometry.weight_shape
-        module = nn.Conv2d(
+        make: Any = nn.Conv2d  # its types want pairs; ours are tuples of any length
+        module = make(
             channels * geometry.groups,
             outputs,
-            tuple(kernel),  # type: ignore[arg-type]
-            geometry.stride,  # type: ignore[arg-type]
-            geometry.padding,  # type: ignore[arg-type]
-            geometry.dilation,  # type: ignore[arg-type]
+            tuple(kernel),
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
             geometry.groups,
             bias is not None,
-            layer.padding_mode,  # type: ignore[arg-type]
+            layer.padding_mode,
             device="meta",
         )
         if layer.padding_mode != "zeros":

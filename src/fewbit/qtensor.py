@@ -9,7 +9,7 @@ elements are all zero, and an empty one, has scale 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -209,6 +209,13 @@ def scale_values(scale: Tensor | QTensor, spec: QuantSpec) -> Tensor:
     """What scales kept in this way are worth, as float32: those of two levels rounded to the dtype that the spec names."""
     values = dequantize(scale, scale_dtype(spec)) if isinstance(scale, QTensor) else scale
     return values.to(torch.float32)
+
+
+def one_level(q: QTensor) -> QTensor:
+    """The same numbers with scales of one level, as kernels read them."""
+    if isinstance(q.scale, Tensor):
+        return q
+    return replace(q, scale=q.scale_values.to(scale_dtype(q.spec)), spec=replace(q.spec, scale=None))
 
 
 def scale_dtype(spec: QuantSpec) -> torch.dtype:

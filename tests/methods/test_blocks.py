@@ -51,13 +51,13 @@ def test_kernels_give_the_bits_of_the_reference(
     spec: QuantSpec, elements: int, count: int, seed: int, weighted: bool
 ) -> None:
     blocks = made(elements, count, seed, weighted)
-    expected = search._best_grid(blocks, spec, search.SHARES, search.ROUNDS)
+    expected = search._best_grid(blocks, spec, search.SHARES, search._shifts(spec), search.ROUNDS)
     assert same(best_grid(blocks, spec), expected)
     scale, zero = expected
     other = scale * 0.9
     other[::3] = 0
     options = [(scale, zero), (other, zero), (scale * 1.05, (zero + 1).clamp(*spec.number.bound(spec.symmetric)))]
-    assert same(best_option(blocks, spec, options), search._best_option(blocks, spec, options))
+    assert same(best_option(blocks, spec, options), search._best_option(blocks, spec, options, search._shifts(spec)))
 
 
 @given(specs, seeds)

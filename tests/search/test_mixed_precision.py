@@ -112,7 +112,7 @@ def test_recurrent_and_static_recipes() -> None:
         ({"bits": 5.0, "size": 10}, "give bits or size, one of them"),
         ({"bits": 3.0}, r"int4-weight-only takes 5\.125 bits a weight, found bits = 3"),
         ({"size": "2KB"}, r"int4-weight-only takes 0\.01 MB, found size = 2KB"),
-        ({"bits": 5.0, "finer": ("int9",)}, "'int9' is no format"),
+        ({"bits": 5.0, "finer": ("int9",)}, "unknown format 'int9'"),
     ],
 )
 def test_bad_budgets(options: dict[str, Any], message: str) -> None:

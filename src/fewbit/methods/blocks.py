@@ -72,7 +72,7 @@ def as_blocks(matrix: Tensor, granularity: Granularity) -> Tensor:
 def best_grid(blocks: Blocks, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """float32 scale and zero point ``[blocks]`` (0 if symmetric), whatever the precision that scales are kept in."""
     if not spec.number.is_integer:
-        return _best_grid(blocks, spec, SHARES, ROUNDS)
+        return _best_grid(blocks, spec, SHARES, _shifts(spec), ROUNDS)
     w, h = blocks.contiguous()
     shares, shifts = (torch.tensor([own], dtype=torch.float32) for own in (SHARES, _shifts(spec)))
     found: tuple[Tensor, Tensor] = torch.ops.fewbit.search_grid.default(
@@ -81,11 +81,13 @@ def best_grid(blocks: Blocks, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return found
 
 
-def _best_grid(blocks: Blocks, spec: QuantSpec, shares: Sequence[float], rounds: int) -> tuple[Tensor, Tensor]:
+def _best_grid(
+    blocks: Blocks, spec: QuantSpec, shares: Sequence[float], shifts: Sequence[float], rounds: int
+) -> tuple[Tensor, Tensor]:
     search = _Search(blocks, spec)
     for share in shares:
         scale = search.full * share
-        search.attempt(scale, [search.start + shift for shift in _shifts(spec)])
+        search.attempt(scale, [search.start + shift for shift in shifts])
     for _ in range(rounds):
         scale, zero = search.regression()
         search.attempt(scale, [zero])
@@ -108,7 +110,7 @@ def _errors(blocks: Blocks, spec: QuantSpec, scale: Tensor, zeros: Sequence[Tens
 def best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Which of several scales is best for each block, the first of equals, and the best zero point near that scale's own."""
     if not spec.number.is_integer:
-        return _best_option(blocks, spec, options)
+        return _best_option(blocks, spec, options, _shifts(spec))
     w, h = blocks.contiguous()
     scale, zero = (torch.stack([x.to(torch.float32) for x in own]) for own in zip(*options, strict=True))
     shifts = torch.tensor([_shifts(spec)], dtype=torch.float32)
@@ -118,12 +120,14 @@ def best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor,
     return index.to(torch.int64), best
 
 
-def _best_option(blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _best_option(
+    blocks: Blocks, spec: QuantSpec, options: Sequence[tuple[Tensor, Tensor]], shifts: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     low, high = spec.number.bound(spec.symmetric)
     least = torch.full_like(options[0][1], torch.inf)
     index, best = torch.zeros_like(least, dtype=torch.int64), options[0][1]
     for number, (scale, zero) in enumerate(options):
-        zeros = [zero if spec.symmetric else (zero + shift).clamp(low, high) for shift in _shifts(spec)]
+        zeros = [zero if spec.symmetric else (zero + shift).clamp(low, high) for shift in shifts]
         for shifted, e in zip(zeros, _errors(blocks, spec, scale, zeros), strict=True):
             better = e < least
             least = torch.where(better, e, least)
@@ -219,14 +223,15 @@ def _search_grid(
     w: Tensor, h: Tensor | None, low: float, high: float, symmetric: bool, shares: Tensor, shifts: Tensor, rounds: int
 ) -> tuple[Tensor, Tensor]:
     native.remind(w)
-    return _best_grid(Blocks(w, h), _spec(low, high, symmetric), shares[0].tolist(), rounds)
+    return _best_grid(Blocks(w, h), _spec(low, high, symmetric), shares[0].tolist(), shifts[0].tolist(), rounds)
 
 
 def _choose_grid(
     w: Tensor, h: Tensor | None, scale: Tensor, zero: Tensor, low: float, high: float, symmetric: bool, shifts: Tensor
 ) -> tuple[Tensor, Tensor]:
     native.remind(w)
-    index, best = _best_option(Blocks(w, h), _spec(low, high, symmetric), list(zip(scale, zero, strict=True)))
+    options = list(zip(scale, zero, strict=True))
+    index, best = _best_option(Blocks(w, h), _spec(low, high, symmetric), options, shifts[0].tolist())
     return index.to(torch.float32), best
 
 

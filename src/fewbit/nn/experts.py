@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from fewbit.nn.layer import QuantizedLayer
 from fewbit.ops.linear import linear
-from fewbit.qtensor import QTensor, rows, scale_dtype
+from fewbit.qtensor import one_level, rows
 
 SETTINGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 Product = Callable[[Tensor, str, int], Tensor]  # of inputs with the projection of this name of one expert
@@ -51,7 +50,7 @@ class Experts(QuantizedLayer):
         weights = {name: self.qtensor(name) for name in self._shapes}
 
         def product(x: Tensor, name: str, expert: int) -> Tensor:
-            own = _of_one_level(rows(weights[name], rows_of(self, name, expert)))
+            own = one_level(rows(weights[name], rows_of(self, name, expert)))
             return linear(x, own, bias_of(self, name, expert), self.scheme.input)
 
         return run_experts(self, product, hidden_states, top_k_index, top_k_weights)
@@ -102,11 +101,3 @@ def run_experts(
             y = layer.post_expert_norm(y)
         outputs = outputs.index_copy(0, places, (y * weights[places, None]).to(outputs.dtype))
     return outputs.view(count, k, hidden_states.shape[-1]).sum(1)
-
-
-def _of_one_level(weight: QTensor) -> QTensor:
-    """Kernels read scales of one level."""
-    if isinstance(weight.scale, Tensor):
-        return weight
-    scale = weight.scale_values.to(scale_dtype(weight.spec))
-    return replace(weight, scale=scale, spec=replace(weight.spec, scale=None))

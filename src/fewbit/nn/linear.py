@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fewbit.nn.layer import QuantizedLayer
 from fewbit.ops.linear import DTYPES, call, linear, numbers_of
-from fewbit.qtensor import QTensor, dequantize, scale_dtype
+from fewbit.qtensor import QTensor, dequantize, one_level, scale_dtype
 
 
 class Linear(QuantizedLayer):
@@ -66,9 +66,7 @@ class Linear(QuantizedLayer):
             return kept[2]
         weight = self.qtensor()
         codes = weight.codes if self._six_bits else weight.packed
-        scale = (
-            weight.scale_values.to(scale_dtype(weight.spec)) if self._two_levels else self.get_buffer("weight_scale")
-        )
+        scale = cast(Tensor, one_level(weight).scale)
         if not torch.compiler.is_compiling():
             self._kept = (sources, versions, (codes, scale))
         return codes, scale

@@ -156,7 +156,7 @@ class Student(nn.Module):
 
     def rounded(self, name: str = "weight") -> Tensor:
         """The weight matrix as the quantized layer has it."""
-        return cast(Tensor, self._modules[f"{name}_grid"](self.matrix(name)))  # type: ignore[misc]
+        return cast(Tensor, self.get_submodule(f"{name}_grid")(self.matrix(name)))
 
     def rounded_input(self, x: Tensor) -> Tensor:
         """The input as the quantized layer sees it."""

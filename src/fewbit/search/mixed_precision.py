@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.batches import Call, calls, chunks
+from fewbit.batches import Call, calls, chunks, run
 from fewbit.errors import CalibrationError, PlanError
-from fewbit.formats import FORMATS
+from fewbit.formats import get_format
 from fewbit.hardware import byte_count
 from fewbit.methods import METHODS
 from fewbit.nn import layer_class
@@ -57,8 +57,7 @@ def mixed_precision(
     if (bits is None) == (size is None):
         raise PlanError("mixed_precision: give bits or size, one of them.")
     for name in finer:
-        if name not in FORMATS:
-            raise PlanError(f"mixed_precision: finer: {name!r} is no format; allowed: {', '.join(FORMATS)}.")
+        get_format(name)
     recipe = load_recipe(recipe)
     first = next(calls(model, calibration), None)
     if first is None:
@@ -124,11 +123,7 @@ def _harm(
     harm = dict.fromkeys(errors, 0.0)
     draws = math.ceil(SAMPLES / len(examples))
     for number, call in enumerate(progress(examples, "sensitivity of layers")):
-        try:
-            output, is_logits = main_output(call.run(model))
-        # A model raises anything on inputs it was not made for.
-        except Exception as error:
-            raise CalibrationError(f"calibration example {number}: {type(model).__name__} raised {error}") from error
+        output, is_logits = main_output(run(model, call, f"calibration example {number}", gradients=True))
         for draw in range(draws):
             likelihood, positions = _likelihood(output, is_logits, generator)
             found = torch.autograd.grad(likelihood, leaves, retain_graph=draw + 1 < draws, allow_unused=True)
@@ -204,4 +199,4 @@ def _with_format(site: Site, format: str) -> Site:
 
 
 def _steps_of(format: str) -> int:
-    return 2 ** FORMATS[format].bits
+    return 2 ** get_format(format).bits
