@@ -89,7 +89,7 @@ def _float_layers(model: nn.Module, layers: dict[str, QuantizedLayer]) -> nn.Mod
 
 
 def _float_layer(layer: QuantizedLayer) -> nn.Module:
-    module: nn.Module
+    module: Any
     bias = layer._parameters.get("bias")
     if isinstance(layer, Conv):
         geometry = layer.geometry
