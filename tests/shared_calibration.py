@@ -1,4 +1,8 @@
-"""Run by torchrun: quantizes models with a part of the calibration batches in each process; saves what rank 0 got."""
+"""Run by torchrun: quantizes models and folders with a part of the calibration batches in each process; saves what rank 0
+got, and the folders as they are.
+
+torchrun ... shared_calibration.py FOLDER             a model in FOLDER/hf
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from conftest import ConvNet, Tagger, language_model, randomize_norms
 from torch import nn
 
 import fewbit
+from fewbit import processes, streaming
 
 
 def cases() -> dict[str, tuple[nn.Module, str, list[object]]]:
@@ -30,11 +35,15 @@ def cases() -> dict[str, tuple[nn.Module, str, list[object]]]:
     }
 
 
+FOLDERS = (("plain", "int4-weight-only", False), ("informed", "int4-weight-only", True), ("walked", "int4-gptq", True))
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     for name, (model, recipe, batches) in cases().items():
-        part = batches[rank * len(batches) // count : (rank + 1) * len(batches) // count]
+        with processes.sharing(dist.group.WORLD):
+            part = processes.part(batches)
         quantized = fewbit.quantize(model, recipe, part, group=dist.group.WORLD)
         same: list[dict[str, torch.Tensor] | None] = [None] * count
         dist.all_gather_object(same, dict(quantized.state_dict()))
@@ -44,6 +53,13 @@ def main() -> None:
         )
         if rank == 0:
             torch.save(dict(quantized.state_dict()), Path(sys.argv[1]) / f"{name}-{count}.pt")
+        if name == "llama":
+            own = part
+    streaming.FILE = 8_000
+    for name, recipe, data in FOLDERS:
+        out = f"{sys.argv[1]}/{name}-{count}"
+        batches = own if data else None
+        fewbit.quantize_folder(f"{sys.argv[1]}/hf", out, recipe, calibration=batches, group=dist.group.WORLD)
     dist.destroy_process_group()
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fewbit
-from fewbit import PER_TOKEN, PlanError, QuantSpec, Recipe, Rule, Scheme, per_channel
+from fewbit import PER_TOKEN, PlanError, QuantSpec, Recipe, Rule, Scheme, per_channel, per_group
 from fewbit.nn import LearnedGrid, Student
 from fewbit.pipeline import sites_of
+from fewbit.qtensor import QTensor
 
 INT8 = QuantSpec("int8", per_channel(0))
 
@@ -282,3 +283,34 @@ def test_two_processes_train_like_one() -> None:
     assert len(one) == 12 and one[5] < one[0]
     assert one == pytest.approx(two, rel=1e-3)
     assert one[:6] == pytest.approx(one[6:], rel=1e-3)
+
+
+def test_scales_of_two_levels_are_trained() -> None:
+    weight = QuantSpec(
+        "int4",
+        per_group(16),
+        symmetric=False,
+        scale=QuantSpec("uint8", per_channel(0), symmetric=False),
+        scale_dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 24)), torch.randn(50, 64)
+    recipe = Recipe("two levels", (Rule("type:Linear", Scheme(weight, method="mse")),))
+    student, start = fewbit.prepare_qat(model, recipe), fewbit.quantize(model, recipe)
+    [(_, before)] = sites_of(fewbit.convert(student))
+    assert torch.equal(before.qtensor().packed, dict(sites_of(start))["0"].qtensor().packed)
+    optimizer = torch.optim.Adam([p for name, p in student.named_parameters() if "log_scale" in name], lr=0.01)
+    losses = []
+    for _ in range(30):
+        loss = (student(x) - model(x).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.97 * losses[0]
+    trained = fewbit.convert(student)
+    [(_, after)] = sites_of(trained)
+    old, new = before.qtensor().scale, after.qtensor().scale
+    assert isinstance(old, QTensor) and isinstance(new, QTensor)
+    assert torch.equal(old.scale, new.scale) and not torch.equal(old.codes, new.codes)  # type: ignore[arg-type]
+    torch.testing.assert_close(trained(x), student.eval()(x), atol=1e-5, rtol=0)

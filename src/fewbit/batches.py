@@ -98,14 +98,12 @@ def run(model: nn.Module, call: Call, where: str, gradients: bool = False) -> An
         ) from error
 
 
-def fingerprint(batches: Iterable[Call]) -> str:
-    """Equal for the same numbers in the same batches."""
-    digest = hashlib.sha256()
-    for call in batches:
-        digest.update(call.describe().encode())
-        for leaf in pytree.tree_leaves((call.args, call.kwargs)):
-            data = leaf.detach().cpu().contiguous().view(-1) if isinstance(leaf, Tensor) else None
-            digest.update(repr(leaf).encode() if data is None else data.view(torch.uint8).numpy().tobytes())
+def fingerprint(call: Call) -> str:
+    """Equal for the same numbers."""
+    digest = hashlib.sha256(call.describe().encode())
+    for leaf in pytree.tree_leaves((call.args, call.kwargs)):
+        data = leaf.detach().cpu().contiguous().view(-1) if isinstance(leaf, Tensor) else None
+        digest.update(repr(leaf).encode() if data is None else data.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

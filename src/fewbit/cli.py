@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fewbit
+from fewbit import processes
 from fewbit.errors import EvaluationError, FewbitError
 from fewbit.generation import complete
 from fewbit.ops import native
@@ -60,29 +61,39 @@ def quantize(
     bits: Annotated[float | None, typer.Option(help="of a weight on average: sensitive layers get more")] = None,
     size: Annotated[str | None, typer.Option(help='of the model, like "3.5GB": sensitive layers get more bits')] = None,
 ) -> None:
-    """Quantize a model and save it; a Hugging Face folder piece by piece, in little memory."""
+    """Quantize a model and save it; a Hugging Face folder piece by piece, in little memory.
+
+    Several processes share the work: torchrun --standalone --nproc-per-node=2 --no-python fewbit quantize ...
+    """
     chosen = fewbit.load_recipe(recipe, exclude or ())
     mixed = bits is not None or size is not None
-    if source.is_dir():
-        if mixed and text is None:
-            raise FewbitError(f"{source}: --bits and --size measure which layers are sensitive: give a --text.")
-        if mixed and max_ram is not None:
-            raise FewbitError(
-                "--bits and --size have the float model and its gradients in memory: leave out --max-ram."
-            )
-        calibration = None if text is None else read_windows(source, text)
-        if mixed:
-            chosen = fewbit.mixed_precision(fewbit.load_task(source).model, chosen, calibration, bits=bits, size=size)
-        folder = fewbit.quantize_folder(source, out, chosen, (), max_ram, calibration)
-        plan = read_checkpoint(folder).plan
-    else:
-        task = fewbit.load_task(source)
-        if mixed:
-            chosen = fewbit.mixed_precision(task.model, chosen, task.calibration, bits=bits, size=size)
-        quantized = fewbit.quantize(task.model, chosen, task.calibration)
-        folder, plan = fewbit.save(quantized, out), fewbit.plan_of(quantized)
-    console.print(plan.summary())
-    console.print(f"saved to {folder}: {saved_bytes(folder) / 1e6:.2f} MB")
+    if source.is_dir() and mixed and text is None:
+        raise FewbitError(f"{source}: --bits and --size measure which layers are sensitive: give a --text.")
+    if source.is_dir() and mixed and max_ram is not None:
+        raise FewbitError("--bits and --size have the float model and its gradients in memory: leave out --max-ram.")
+    with processes.launched() as group, processes.sharing(group):
+        if source.is_dir():
+            calibration = None if text is None else read_windows(source, text)
+            if mixed:
+                model = fewbit.load_task(source).model
+                chosen = fewbit.mixed_precision(model, chosen, calibration, bits=bits, size=size)
+            own = None if calibration is None else processes.part(calibration)
+            folder = fewbit.quantize_folder(source, out, chosen, (), max_ram, own, group)
+            plan = read_checkpoint(folder).plan
+        else:
+            task = fewbit.load_task(source)
+            if mixed:
+                chosen = fewbit.mixed_precision(task.model, chosen, task.calibration, bits=bits, size=size)
+            batches = task.calibration
+            if group is not None and batches is not None:
+                batches = processes.part(list(batches))
+            quantized, folder = fewbit.quantize(task.model, chosen, batches, group=group), out
+            plan = fewbit.plan_of(quantized)
+            if processes.is_first():
+                fewbit.save(quantized, out)
+        if processes.is_first():
+            console.print(plan.summary())
+            console.print(f"saved to {folder}: {saved_bytes(folder) / 1e6:.2f} MB")
 
 
 @app.command()

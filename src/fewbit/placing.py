@@ -104,6 +104,11 @@ class Informed:
             self._outside: Weights = self._others("")
             self._found = quantize_blocks(model, self._walk, calls, self._of_block, self._known, placed.block)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether blocks must be asked for in their order, by all processes that share the work."""
+        return bool(self._walk.blocks)
+
     def importance(self, name: str, key: str) -> Tensor | None:
         """That of the columns of this weight, from any layer that has it."""
         for other in self._sharing(name, key):
@@ -114,7 +119,7 @@ class Informed:
         return None
 
     def take(self, name: str, key: str) -> QTensor | None:
-        """The weight if it has been found; it is kept no longer. Blocks must be asked for in their order."""
+        """The weight if it has been found; it is kept no longer."""
         block = next((block for block in self._walk.blocks if name.startswith(f"{block}.")), None)
         if block is not None and name.removeprefix(f"{block}.") in self._walk.blocks[block]:
             while self._parameter(name, key) not in self._kept:

@@ -5,6 +5,7 @@ A process is alone unless ``sharing`` says otherwise. What the processes do in `
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,6 +26,19 @@ def sharing(group: Any) -> Iterator[None]:
         yield
     finally:
         _group.reset(token)
+
+
+@contextmanager
+def launched() -> Iterator[Any]:
+    """The processes that torchrun started this one with, as a group that talks over gloo; None if there are no others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
 
 
 def count() -> int:
@@ -50,6 +64,17 @@ def summed(x: Tensor) -> None:
 def share(items: Sequence[T]) -> Sequence[T]:
     """Those of the items that are this process' work."""
     return items if count() == 1 else items[dist.get_rank(_group.get()) :: count()]
+
+
+def part(items: Sequence[T]) -> Sequence[T]:
+    """Those of the data that are this process' part: in the order of ranks all of them."""
+    rank = 0 if count() == 1 else dist.get_rank(_group.get())
+    return items[rank * len(items) // count() : (rank + 1) * len(items) // count()]
+
+
+def is_first() -> bool:
+    """Whether this process is the one that does what must be done once."""
+    return bool(share([True]))
 
 
 def united(part: Mapping[str, T]) -> dict[str, T]:

@@ -7,8 +7,10 @@ The index (or the one file) comes last: without it a folder is no checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -30,6 +32,7 @@ from fewbit.nn import QuantizedLayer, layer_class
 from fewbit.pipeline import skeleton
 from fewbit.placing import Informed
 from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
+from fewbit.processes import count, gathered, is_first, share, sharing, united
 from fewbit.progress import progress
 from fewbit.qtensor import QTensor, by_rows, dequantize, empty, joined, parts, rows
 from fewbit.source import CONFIG, INDEX, SINGLE, Source, Weight, copy_texts, open_source, read_config, warn_unused
@@ -66,19 +69,31 @@ def quantize_folder(
     exclude: Iterable[str] = (),
     max_ram: int | str | None = None,
     calibration: Any = None,
+    group: Any = None,
 ) -> Path:
     """Quantize the Hugging Face folder ``source`` to the folder ``out`` without loading the model; returns ``out``.
 
     ``out`` is read by ``fewbit.load(out)``, and by transformers' ``from_pretrained`` once fewbit is imported.
     ``recipe``, ``exclude``, ``calibration``: as for ``quantize``; batches and what layers make of them stay in memory.
-    ``max_ram``: the most memory that this process may take, in bytes or as "6GB". A run that was interrupted goes on when it
+    ``max_ram``: the most memory that each process may take, in bytes or as "6GB". A run that was interrupted goes on when it
     is called again, with the same data.
+
+    ``group``: processes of torch.distributed that share the work, as for ``quantize``: each calls this with the same arguments
+    and its own part of the calibration batches. Each makes files of its own; where a method goes from block to block, each
+    finds the weights of some layers and the first process writes them all. The files are those that one process makes; an
+    interrupted run may go on with another number of processes.
 
     Raises FewbitError, UnsupportedError or CheckpointError for a source that cannot be read (see ``open_source``),
     PlanError for a recipe that does not fit, CheckpointError if ``out`` cannot be written or holds something else,
     CalibrationError (data), UnsupportedError for a recipe with static ranges, or if ``max_ram`` is too little.
     """
-    recipe = load_recipe(recipe, exclude)
+    with sharing(group):
+        return _quantize_folder(source, out, load_recipe(recipe, exclude), max_ram, calibration)
+
+
+def _quantize_folder(
+    source: str | Path, out: str | Path, recipe: Recipe, max_ram: int | str | None, calibration: Any
+) -> Path:
     limit = None if max_ram is None else byte_count(max_ram)
     opened = open_source(source)
     plan = _plan(opened.model, recipe)
@@ -90,9 +105,12 @@ def quantize_folder(
         (step.name, step.key): _rows_at_once(step, plan.sites[step.name], opened, limit) for step in steps if step.key
     }
     batches = () if calibration is None else tuple(calls(opened.model, calibration))
-    job = Job(Path(out), opened, plan, layout, tensors, file_metadata(text_of(plan), aliases), limit, at_once, batches)
+    data = tuple(itertools.chain.from_iterable(gathered([fingerprint(call) for call in batches])))
+    metadata = file_metadata(text_of(plan), aliases)
+    job = Job(Path(out), opened, plan, layout, tensors, metadata, limit, at_once, batches, data)
     warn_unused(opened)
     job.folder_is_free()
+    gathered(None)  # before any process writes there
     try:
         job.run(_files(steps, tensors))
     except OSError as error:
@@ -114,14 +132,15 @@ class Job:
     metadata: Mapping[str, str]
     limit: int | None
     at_once: Mapping[tuple[str, str], int]  # rows of a weight
-    batches: tuple[Call, ...]  # to calibrate with
+    batches: tuple[Call, ...]  # to calibrate with, of this process
+    data: tuple[str, ...]  # what identifies the batches of all processes
 
     @property
     def identity(self) -> str:
         """Equal for two runs that must give the same files."""
         facts = {"source": self.source.fingerprint(), "metadata": dict(self.metadata), "file": FILE}
         if self.batches:
-            facts["data"] = fingerprint(self.batches)
+            facts["data"] = self.data
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def folder_is_free(self) -> None:
@@ -154,40 +173,59 @@ class Job:
             }
             written = partial(self._written, places)
             informed = Informed(self.source, self.plan, self.batches, self._whole, written)
+        together = informed is not None and informed.in_order
+        mine = todo if together else share(todo)
         block, error = "", math.nan
 
         def status() -> str:
             return f"quantizing {block}, weight error {100 * error:.1f} %"
 
-        every = progress([(name, step) for name, steps in todo for step in steps], "quantizing", status)
-        for name, steps in todo:
-            errors: dict[str, float] = {}
-            temporary = next_name(self.out, name)
-            tensors = {key: self.tensors[key] for step in steps for key in step.tensors}
-            try:
-                with TensorWriter(temporary, tensors, self.metadata) as writer:
+        every = progress([(name, step) for name, steps in mine for step in steps], "quantizing", status)
+        for turn in range(len(todo) if together else math.ceil(len(todo) / count())):
+            made: dict[str, dict[str, float]] = {}
+            for name, steps in mine[turn : turn + 1]:
+                errors: dict[str, float] = {}
+                with self._writer(name, steps, is_first() or not together) as writer:
                     for _ in steps:
                         _, step = next(every)
                         block = step.block
                         if step.key:
                             error = errors[f"{step.name}.{step.key}"] = self._quantize(step, writer, informed)
-                        else:
+                        elif writer is not None:
                             self._copy(step, writer)
                         self._check_memory(step)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            if len(names) > 1:
-                temporary.replace(self.out / name)
-            done[name] = errors
-            if len(names) > 1:
+                if writer is not None:
+                    made[name] = errors
+            done.update(united(made))
+            if is_first() and len(names) > 1:
                 self._write(PROGRESS, json.dumps(record))
         next(every, None)  # the bar is done
-        self._finish(names, files, {key: value for errors in done.values() for key, value in errors.items()})
+        if is_first():
+            self._finish(names, files, {key: value for errors in done.values() for key, value in errors.items()})
+        gathered(None)  # the folder is whole for all
 
-    def _quantize(self, step: Step, writer: TensorWriter, informed: Informed | None) -> float:
-        """Quantize and write one weight; returns ``|W - quantized W| / |W|``."""
+    @contextlib.contextmanager
+    def _writer(self, name: str, steps: list[Step], wanted: bool) -> Iterator[TensorWriter | None]:
+        """For a file, which gets its name when it is whole (the only one in ``_finish``); None if it is not wanted."""
+        if not wanted:
+            yield None
+            return
+        temporary = next_name(self.out, name)
+        tensors = {key: self.tensors[key] for step in steps for key in step.tensors}
+        try:
+            with TensorWriter(temporary, tensors, self.metadata) as writer:
+                yield writer
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        if name != SINGLE:
+            temporary.replace(self.out / name)
+
+    def _quantize(self, step: Step, writer: TensorWriter | None, informed: Informed | None) -> float:
+        """Quantize one weight, and write it where there is a writer; returns ``|W - quantized W| / |W|``."""
         found = None if informed is None else informed.take(step.name, step.key)
+        if writer is None:
+            return math.nan
         importance = None if informed is None else informed.importance(step.name, step.key)
         squares = torch.zeros(2, dtype=torch.float64)
         for begin, piece in self._pieces(step.name, step.key):

@@ -23,7 +23,7 @@ from fewbit.ops.fake_quantize import dynamic, learned
 from fewbit.ops.linear import ACTIVATIONS
 from fewbit.ops.pairs import bounded
 from fewbit.ops.recurrent import CELLS, States, scan
-from fewbit.qtensor import QTensor, dequantize, encode, pack
+from fewbit.qtensor import QTensor, dequantize, encode, pack, quantize_with, scale_values
 from fewbit.spec import QuantSpec, Scheme
 
 
@@ -31,8 +31,9 @@ class LearnedGrid(nn.Module):
     """The grid of one weight matrix, or of one static input, with a step that is trained.
 
     Buffers ``scale`` and ``zero_point`` are those of the start, parameters what training adds: the scale in use is
-    ``scale * exp(log_scale)``, the zero point ``round(zero_point + shift * (number of codes - 1))``. Two-level scales stay as
-    they are. So does a zero point at an end of the codes, where all values have one sign, and that of a weight.
+    ``scale * exp(log_scale)``, of two levels rounded to the grid of the scales, which stays; the zero point is
+    ``round(zero_point + shift * (number of codes - 1))``, but stays at an end of the codes, where all values have one sign, and
+    in a weight.
     """
 
     def __init__(
@@ -47,12 +48,10 @@ class LearnedGrid(nn.Module):
         super().__init__()
         self.spec, self.shape, self._pairs = spec, shape, pairs
         store_grid(self, scale, zero_point)
-        self.log_scale: nn.Parameter | None = None
+        self.log_scale = nn.Parameter(torch.zeros_like(scale_values(scale, spec)))
         self.shift: nn.Parameter | None = None
-        if isinstance(scale, Tensor):
-            self.log_scale = nn.Parameter(torch.zeros(scale.shape, device=scale.device))
-            if zero_point is not None and spec.is_static and self._is_inner(zero_point):
-                self.shift = nn.Parameter(torch.zeros(1, device=scale.device))
+        if zero_point is not None and spec.is_static and self._is_inner(zero_point):
+            self.shift = nn.Parameter(torch.zeros(1, device=zero_point.device))
 
     def _is_inner(self, zero_point: Tensor) -> bool:
         low, high = self.spec.number.bound(self.spec.symmetric)
@@ -62,9 +61,11 @@ class LearnedGrid(nn.Module):
     def values(self) -> tuple[Tensor | QTensor, Tensor | None]:
         """Scale and zero point in use."""
         scale, zero_point = stored_grid(self, "", self.spec, self.shape)
-        if self.log_scale is not None:
-            assert isinstance(scale, Tensor)
-            grown = scale.to(torch.float32) * self.log_scale.exp()
+        factor = self.log_scale.exp()
+        if isinstance(scale, QTensor):
+            scale = quantize_with(dequantize(scale) * factor, scale.spec, scale.scale, scale.zero_point)
+        else:
+            grown = scale.to(torch.float32) * factor
             scale = grown.clamp(min=torch.finfo(scale.dtype).tiny).to(scale.dtype)
         if self.shift is not None:
             low, high = self.spec.number.bound(self.spec.symmetric)
@@ -76,12 +77,11 @@ class LearnedGrid(nn.Module):
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """``x`` rounded; with ``rows``, x is those rows of the matrix."""
         scale, zero_point = self.values()
-        values = dequantize(scale) if isinstance(scale, QTensor) else scale
-        log_scale: Tensor | None = self.log_scale
+        values = scale_values(scale, self.spec)
+        log_scale: Tensor = self.log_scale
         if rows is not None and len(values) > 1:
-            values = values[rows]
+            values, log_scale = values[rows], log_scale[rows]
             zero_point = None if zero_point is None else zero_point[rows]
-            log_scale = None if log_scale is None else log_scale[rows]
         return learned(x, self.spec, values, zero_point, log_scale, self.shift, self._pairs if rows is None else ())
 
     def starts_as(self, scale: Tensor, zero_point: Tensor | None) -> bool:
@@ -94,7 +94,7 @@ class LearnedGrid(nn.Module):
     def quantize(self, matrix: Tensor) -> QTensor:
         """What ``forward`` rounds the matrix to."""
         scale, zero_point = self.values()
-        codes = encode(matrix, self.spec, dequantize(scale) if isinstance(scale, QTensor) else scale, zero_point)
+        codes = encode(matrix, self.spec, scale_values(scale, self.spec), zero_point)
         codes = bounded(codes, self._pairs) if self._pairs else codes
         return QTensor(pack(codes, self.spec.number), scale, zero_point, self.spec, self.shape)
 
