@@ -11,10 +11,11 @@ the windows of both texts. ``bits`` count codes, scales and zero points of the l
 row is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of quantizing, the float model included in the
 memory.
 
-``random tokens``: calibration without data, 1024 tokens drawn at random. ``mixed``: the bits that the linear layers may have
-on average. GGUF types: weights rounded by the package gguf. Peers have the table in Q8_0. HQQ is not in
-the extra ``bench``, since transformers imports what is installed; without it its row is left out: pip install --no-deps hqq
-termcolor. Left out too, as they bring their own torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
+``random tokens``: calibration without data, 2048 tokens drawn at random. ``mixed``: the bits that the linear layers may have
+on average. GGUF types: weights rounded by the package gguf. Peers have the table in Q8_0. HQQ is not in the extra ``bench``,
+since transformers imports what is installed, and its row is left out without it: pip install --no-deps --target FOLDER hqq
+termcolor, and FOLDER in PYTHONPATH. Left out too, as they bring their own torch or need a GPU: GPTQModel, llm-compressor,
+AutoRound.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def recipe(weight: fewbit.QuantSpec, method: str, table: fewbit.Scheme = TABLE) 
 
 
 def random_tokens() -> list[dict[str, Tensor]]:
-    tokens = torch.randint(0, 49152, (4, 256), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 49152, (8, 256), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = BEGIN
     return [{"input_ids": tokens}]
 
@@ -307,10 +308,10 @@ def main() -> None:
         return
     file = RESULTS / "llm.json"
     rows = {r["what"]: r for r in json.loads(file.read_text())["rows"]} if file.exists() else {}
-    for what in chosen.what or ROWS:
-        needs_logits = what == FLOAT and not LOGITS.exists()
-        if what in rows and not (chosen.again or what in chosen.what or needs_logits):
-            continue
+    wanted = [what for what in chosen.what or ROWS if chosen.again or what in chosen.what or what not in rows]
+    if not LOGITS.exists():
+        wanted = [FLOAT, *(what for what in wanted if what != FLOAT)]
+    for what in wanted:
         print(what, file=sys.stderr)
         run = subprocess.run([sys.executable, __file__, "--row", what], capture_output=True, text=True)
         if run.returncode != 0 and "ModuleNotFoundError" in run.stderr:

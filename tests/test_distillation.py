@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fewbit
 from fewbit import CalibrationError, PlanError, QuantSpec, Recipe, Rule, Scheme, Training, UnsupportedError, per_channel
-from fewbit.distillation import _Data, _distance
+from fewbit.distillation import _Data, _distance, _groups
 
 LOW = Recipe(
     "low",
@@ -163,6 +163,39 @@ def test_batches_of_different_shapes_are_kept_as_they_are(tagger: nn.Module) -> 
 def test_minutes_end_it() -> None:
     model, batches = network(2)
     fewbit.finetune(model, LOW, batches, minutes=0.02)
+
+
+def test_the_start_may_have_a_calibration_of_its_own() -> None:
+    model, batches = network(0)
+    started = fewbit.finetune(model, LOW, batches, steps=0, calibration=batches[:1])
+    assert equal(started, fewbit.quantize(model, LOW, batches[:1]))
+    assert not equal(started, fewbit.finetune(model, LOW, batches, steps=0))
+
+
+@pytest.mark.parametrize(("held_out", "checks"), [(0.5, 2), (0.125, 11)])
+def test_judging_takes_no_more_examples_than_training(held_out: float, checks: int) -> None:
+    model, batches = network(0)
+    trained, judged = [], []
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        (trained if torch.is_grad_enabled() else judged).append(len(batch))
+        return output.square().mean() * 0
+
+    fewbit.finetune(model, LOW, batches, steps=12, loss=loss, training=Training(batch_size=32, held_out=held_out))
+    kept = int(held_out * 256)
+    assert sum(trained) == 12 * 32
+    assert sum(judged) == kept * (2 + checks)  # at the start, at the end, and between
+
+
+def test_gains_of_norms_move_like_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4))
+    nn.init.constant_(model[1].weight, 3.0)  # type: ignore[arg-type]
+    student = fewbit.prepare_qat(model, Recipe("w", (Rule("type:Linear", Scheme(QuantSpec("int8", per_channel(0)))),)))
+    settings = Training(weight_rate=0.3, step_rate=0.01)
+    rates = {id(group["params"][0]): group["lr"] for group in _groups(student, settings)}
+    assert rates[id(student.get_parameter("1.weight"))] == pytest.approx(3.0 * 0.01)
+    assert rates[id(student.get_parameter("1.bias"))] == pytest.approx(1e-3 * 0.3 / 30)
 
 
 def test_distance_of_logits_ignores_a_constant_and_that_of_features_does_not() -> None:
