@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import fewbit
 from cnn import forget_peak, memory
 from fewbit.methods import METHODS, Gptq
+from fewbit.ops import native
 from fewbit.pipeline import sites_of
 from measure import RESULTS, ROOT, example, write
 
@@ -291,6 +292,7 @@ def row(what: str) -> dict[str, Any]:
         "MB": size,
         "seconds": seconds,
         "peak MB": peak,
+        "kernels": native.isa(),
     }
 
 

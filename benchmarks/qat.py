@@ -45,6 +45,7 @@ from torch import Tensor, nn
 
 import fewbit
 from cnn import forget_peak, memory
+from fewbit.ops import native
 from measure import ISA, RESULTS, in_turns, kl_and_flips, options, write
 from peers import QAT
 from qat_tasks import CASES, Case, call
@@ -202,7 +203,7 @@ def accuracy(what: str, bits: str, model_name: str, float_file: Path, quick: boo
         found = case.outputs(made(what, bits, case, steps, other)[0])
         if case.score(found) > case.score(outputs):
             rate, outputs = other, found
-    row: dict[str, Any] = {"part": "accuracy", "model": model_name, "bits": bits, "what": what}
+    row: dict[str, Any] = {"part": "accuracy", "model": model_name, "bits": bits, "what": what, "kernels": native.isa()}
     row["score"] = case.score(outputs)
     if what == FLOAT:
         torch.save(outputs, float_file)
@@ -314,6 +315,7 @@ def steps_of(model_name: str, quick: bool) -> list[dict[str, Any]]:
             "x FP32": times[bits] / times[""],
             "step MB": memories[bits],
             "memory x FP32": memories[bits] / memories[""],
+            "kernels": native.isa(),
         }
         for bits in times
     ]

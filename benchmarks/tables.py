@@ -118,17 +118,29 @@ def cnnlatency(rows: list[dict[str, Any]]) -> list[list[str]]:
 def qat(rows: list[dict[str, Any]]) -> list[list[str]]:
     """What is lost, and how much of what rounding alone loses training gives back where that is more than chance."""
     table = [
-        ["model", "", "bits", "score", "lost (95 %)", "given back", "KL to float", "top-1 changed", "time", "memory"]
+        [
+            "model",
+            "",
+            "bits",
+            "score",
+            "lost (95 %)",
+            "given back",
+            "KL to float",
+            "top-1 changed",
+            "time",
+            "memory",
+            "kernels",
+        ]
     ]
     rows = [row for row in rows if row["part"] == "accuracy"]
     rounded = {(row["model"], row["bits"]): row for row in rows if row["what"] == "fewbit PTQ"}
     for row in rows:
-        line = [row["model"], row["what"], row["bits"], f"{row['score']:.4g}", *[""] * 6]
+        line = [row["model"], row["what"], row["bits"], f"{row['score']:.4g}", *[""] * 6, row["kernels"]]
         if "drop" in row:
             line[4] = f"{row['drop']:.2g} ({row['low']:.2g} to {row['high']:.2g})"
             line[6] = f"{row['KL']:.2g}" if "KL" in row else ""
             line[7] = f"{row['flips']} of {row['examples']}"
-            line[8:] = [f"{row['seconds']:.0f} s", f"{row['peak MB'] - row['loaded MB']:.0f} MB"]
+            line[8:10] = [f"{row['seconds']:.0f} s", f"{row['peak MB'] - row['loaded MB']:.0f} MB"]
         start = rounded.get((row["model"], row["bits"]))
         if start and row is not start and not row["what"].startswith("FP32") and start["low"] > 0:
             line[5] = f"{100 * (1 - row['drop'] / start['drop']):.0f} %"
@@ -138,21 +150,21 @@ def qat(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 def qatstep(rows: list[dict[str, Any]]) -> list[list[str]]:
     """A step of the student beside one of the float model."""
-    table = [["model", "bits", "batch", "ms", "x FP32", "MB", "x FP32"]]
+    table = [["model", "bits", "batch", "ms", "x FP32", "MB", "x FP32", "kernels"]]
     for row in rows:
         if row["part"] == "step":
             times = [f"{row['ms']:.0f}", f"{row['x FP32']:.2f}", f"{row['step MB']:.0f}", f"{row['memory x FP32']:.2f}"]
-            table.append([row["model"], row["bits"] or "FP32", str(row["batch"]), *times])
+            table.append([row["model"], row["bits"] or "FP32", str(row["batch"]), *times, row["kernels"]])
     return table
 
 
 def llm(rows: list[dict[str, Any]]) -> list[list[str]]:
     texts = ("Austen", "Brown")
-    table = [["", *texts, "KL to float", "same token", "bits", "size", "time", "peak memory"]]
+    table = [["", *texts, "KL to float", "same token", "bits", "size", "time", "peak memory", "kernels"]]
     for row in rows:
         line = [f"{row[f'perplexity {text}']:.2f} (+{row[f'{text} %']:.1f} %)" for text in texts]
         line += [f"{row['KL']:.3f}", f"{row['same top-1 %']:.1f} %", f"{row['bits']:.2f}", f"{row['MB']:.1f} MB"]
-        table.append([row["what"], *line, f"{row['seconds']:.0f} s", f"{row['peak MB'] / 1e3:.2f} GB"])
+        table.append([row["what"], *line, f"{row['seconds']:.0f} s", f"{row['peak MB'] / 1e3:.2f} GB", row["kernels"]])
     return table
 
 
