@@ -5,17 +5,17 @@
 
 The model's 4-bit source has its grid broken (examples/smollm2), or all 4-bit formats of groups of 32 would look lossless.
 Calibration: 16 windows of 1024 tokens of Austen's Emma, the begin token first; "novel and news": as many of BBC news beside
-them; "trained": ``finetune`` from there, on sequences of 256 tokens of both. Perplexity: 16 windows of Austen's other novels,
-as in the example, and 8 of the Brown corpus. KL (float | quantized) and how often both give the same most likely token: over
-the windows of both texts. ``bits`` count codes, scales and zero points of the linear layers but the tied output layer. Each
-row is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of quantizing, the float model included in the
-memory.
+them, and "the same" is the row of these; "trained": ``finetune`` from there, on sequences of 256 tokens of both texts.
+Perplexity: 16 windows of Austen's other novels, as in the example, and 8 of the Brown corpus. KL (float | quantized) and how
+often both give the same most likely token: over the windows of both texts. ``bits`` count codes, scales and zero points of the
+linear layers but the tied output layer. Each row is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of
+quantizing, the float model included in the memory.
 
-``random tokens``: calibration without data, 2048 tokens drawn at random. ``mixed``: the bits that the linear layers may have
-on average. GGUF types: weights rounded by the package gguf. Peers have the table in Q8_0. HQQ is not in the extra ``bench``,
-since transformers imports what is installed, and its row is left out without it: pip install --no-deps --target FOLDER hqq
-termcolor, and FOLDER in PYTHONPATH. Left out too, as they bring their own torch or need a GPU: GPTQModel, llm-compressor,
-AutoRound.
+``random tokens``: calibration without data, 2048 tokens drawn at random. ``mixed``: the bits of the linear layers on average;
+what more of them is worth where is measured on 32 sequences of 256 tokens of both texts. GGUF types: weights rounded by the
+package gguf. Peers have the table in Q8_0. HQQ is not in the extra ``bench``, since transformers imports what is installed, and
+its row is left out without it: pip install --no-deps --target FOLDER hqq termcolor, and FOLDER in PYTHONPATH. Left out too, as
+they bring their own torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
 """
 
 from __future__ import annotations
@@ -64,16 +64,19 @@ def recipe(weight: fewbit.QuantSpec, method: str, table: fewbit.Scheme = TABLE) 
     return fewbit.Recipe(method, rules)
 
 
+GPTQ_6 = recipe(TWO_LEVELS, "gptq", TABLE_6)
+
+
 def random_tokens() -> list[dict[str, Tensor]]:
     tokens = torch.randint(0, 49152, (8, 256), generator=torch.Generator().manual_seed(0))
     tokens[:, 0] = BEGIN
     return [{"input_ids": tokens}]
 
 
-def own(how: fewbit.Recipe | str, data: str) -> Callable[[nn.Module], nn.Module]:
+def own(how: fewbit.Recipe | str | Callable[[nn.Module], fewbit.Recipe], data: str) -> Callable[[nn.Module], nn.Module]:
     def make(model: nn.Module) -> nn.Module:
         given = {"none": lambda: None, "random": random_tokens, "Emma": calibration, "both": two_kinds}[data]()
-        return fewbit.quantize(model, how, given)
+        return fewbit.quantize(model, how(model) if callable(how) else how, given)
 
     return make
 
@@ -86,27 +89,27 @@ def gptq(**settings: Any) -> Callable[[nn.Module], nn.Module]:
     return make
 
 
-def trained(minutes: float) -> Callable[[nn.Module], nn.Module]:
-    """Codes, scales and norms learn the float model's outputs on the novel and the news; minutes are those of all."""
+def trained(minutes: float, how: Callable[[nn.Module], fewbit.Recipe]) -> Callable[[nn.Module], nn.Module]:
+    """Codes, scales and norms learn the float model's outputs on the novel and the news; minutes are those of finetune."""
 
     def make(model: nn.Module) -> nn.Module:
         sequences = [*batches(emma(), SEQUENCES // 5, SEQUENCE), *batches(news(), SEQUENCES * 4 // 5, SEQUENCE)]
         settings = fewbit.Training(weight_rate=0.002, features=0.0, batch_size=4, held_out=16 / SEQUENCES)
-        how = recipe(TWO_LEVELS, "gptq", TABLE_6)
-        return fewbit.finetune(model, how, sequences, minutes, training=settings, calibration=two_kinds())
+        return fewbit.finetune(model, how(model), sequences, minutes, training=settings, calibration=two_kinds())
 
     return make
 
 
-def mixed(how: str, bits: float) -> Callable[[nn.Module], nn.Module]:
-    """The table as ``how`` has it."""
+def mixed(how: fewbit.Recipe | str, bits: float) -> Callable[[nn.Module], fewbit.Recipe]:
+    """The table as ``how`` has it; the gradients are those of short sequences of both texts."""
 
-    def make(model: nn.Module) -> nn.Module:
+    def make(model: nn.Module) -> fewbit.Recipe:
         plan = fewbit.make_plan(model, how)
         table = plan.sites["model.embed_tokens"]
         linear = sum(site.count for name, site in plan.sites.items() if name.startswith("model.layers."))
         whole = (bits * linear + 8 * table.nbytes) / (linear + table.count)
-        return own(fewbit.mixed_precision(model, how, calibration(), bits=whole), "Emma")(model)
+        sequences = [*batches(emma(), CALIBRATION, SEQUENCE), *batches(news(), CALIBRATION, SEQUENCE)]
+        return fewbit.mixed_precision(model, how, sequences, bits=whole)
 
     return make
 
@@ -170,10 +173,12 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "GPTQ, 8-bit table, target W": gptq(dampings=(1e9,)),
     "GPTQ, 8-bit table": gptq(),
     "int4-gptq": own("int4-gptq", "Emma"),
-    "int4-gptq, 6-bit table": own(recipe(TWO_LEVELS, "gptq", TABLE_6), "Emma"),
-    "int4-gptq, 6-bit table, novel and news": own(recipe(TWO_LEVELS, "gptq", TABLE_6), "both"),
-    "the same, trained": trained(36),
-    "int4-weight-only, mixed 5.0": mixed("int4-weight-only", 5.0),
+    "int4-gptq, 6-bit table": own(GPTQ_6, "Emma"),
+    "int4-gptq, 6-bit table, novel and news": own(GPTQ_6, "both"),
+    "the same, trained": trained(36, lambda _: GPTQ_6),
+    "the same, mixed 4.65": own(mixed(GPTQ_6, 4.65), "both"),
+    "the same, mixed 4.65, trained": trained(38, mixed(GPTQ_6, 4.65)),
+    "int4-weight-only, mixed 5.0": own(mixed("int4-weight-only", 5.0), "Emma"),
     "GGUF Q4_0": peer(gguf_type("Q4_0")),
     "GGUF Q4_1": peer(gguf_type("Q4_1")),
     "torchao int4 g32, asymmetric": peer(torchao("ASYMMETRIC", "AFFINE")),

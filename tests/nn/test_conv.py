@@ -182,6 +182,12 @@ def test_pairs_of_odd_channels_are_also_those_of_all_columns_in_turn() -> None:
     assert in_turn == {((0, 0, 0), (1, 0, 0)), ((2, 0, 0), (0, 0, 1)), ((1, 0, 1), (2, 0, 1))}
 
 
+@pytest.mark.parametrize("module", [nn.Conv2d(1, 8, (1, 3)), nn.Conv2d(4, 8, (1, 3), groups=4)], ids=str)
+def test_pairs_of_single_channels_that_are_not_depthwise_are_those_of_all_columns_in_turn(module: nn.Module) -> None:
+    [pairs] = pair_names(module)
+    assert pairs == {((0, 0, 0), (0, 0, 1))}
+
+
 def test_pairs_are_disjoint_and_within_a_group() -> None:
     for module in (nn.Conv2d(12, 8, 3, groups=2), nn.Conv2d(9, 6, 3, groups=3), nn.Conv1d(5, 4, 3), nn.Conv3d(4, 4, 2)):
         columns = Conv.matrices(module)["weight"].shape[1]
@@ -190,9 +196,7 @@ def test_pairs_are_disjoint_and_within_a_group() -> None:
             assert len(flat) == len({*flat}) and all(0 <= column < columns for column in flat)
 
 
-@pytest.mark.parametrize(
-    "module", [nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(1, 8, 3), nn.ConvTranspose2d(4, 4, 3)], ids=str
-)
+@pytest.mark.parametrize("module", [nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(4, 4, 3)], ids=str)
 def test_what_engines_compute_in_int32_has_no_pairs(module: nn.Module) -> None:
     assert Conv.pairs(module) == ()
 

@@ -94,6 +94,15 @@ def test_a_real_model(fashion: fewbit.Task) -> None:
     assert sum(o.is_int8 for o in lowered.operators) >= 0.8 * len(lowered.operators)
 
 
+@pytest.mark.parametrize("channels, groups", [(1, 1), (2, 1), (3, 1), (5, 1), (8, 8), (8, 4)])
+def test_sums_of_the_greatest_weights_and_activations_do_not_saturate(channels: int, groups: int) -> None:
+    convolution = nn.Conv2d(channels, 16, 3, groups=groups, bias=False)
+    nn.init.constant_(convolution.weight, 0.1)
+    data = [torch.ones(2, channels, 6, 6)]
+    model = fewbit.quantize(nn.Sequential(convolution, nn.ReLU()).eval(), "int8-static", data)
+    assert fewbit.lower(model, data[0], "onnxruntime").difference < 1e-6
+
+
 def test_constants_and_several_inputs(static: fewbit.Recipe) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

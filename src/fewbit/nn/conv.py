@@ -43,14 +43,14 @@ class Conv(QuantizedLayer):
     @staticmethod
     def pairs(module: nn.Module) -> tuple[Tensor, ...]:
         # Channels are the innermost axis: of one kernel position in OpenVINO, of all in turn in ONNX Runtime. Depthwise
-        # convolutions, with one channel a group, are computed in int32.
+        # convolutions, with one channel in and one out a group, are computed in int32.
         geometry = geometry_of(module)
         channels = 0 if geometry.transposed else geometry.weight_shape[1]
-        if channels < 2:
+        if channels == 0 or (geometry.weight_shape[:2] == (geometry.groups, 1) and geometry.groups > 1):
             return ()
         columns = torch.arange(geometry.terms).reshape(channels, -1).T  # [positions, channels]
         in_turn = columns.flatten()[: geometry.terms // 2 * 2].reshape(-1, 2)
-        if channels % 2 == 0:
+        if channels == 1 or channels % 2 == 0:
             return (in_turn,)
         return in_turn, columns[:, : channels - 1].reshape(-1, 2)
 
