@@ -1,7 +1,7 @@
 """Models to train: data to train on, data to evaluate on, and what an output is worth.
 
-Nothing is in both. Fashion-MNIST trains on images of its training set (Debian's dataset-fashion-mnist), which the model has
-seen before, and is evaluated like the example, on 9,000 test images. ResNet-20 has test images only: 4,000 of them, the
+Nothing is in both. Fashion-MNIST trains on 20,000 images of its training set (Debian's dataset-fashion-mnist), which the model
+has seen before, and is evaluated like the example, on 9,000 test images. ResNet-20 has test images only: 4,000 of them, the
 example's calibration first, are trained on, and the other 6,000 are evaluated. MiniLM trains on sentences of BBC news and is
 evaluated on the STS-B development pairs.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fewbit
 from measure import ROOT
 
-TRAINING = 4000  # images
+FASHION, CIFAR = 20000, 4000  # images to train on
 SENTENCES = 1920
 RESAMPLES = 1000  # of the pairs, for the interval of Spearman's drop
 
@@ -87,7 +87,7 @@ def fashion_mnist() -> Case:
 
     folder = fetched("dataset-fashion-mnist") / "usr" / "share" / "datasets" / "fashion-mnist"
     images, labels = read(folder, "train")
-    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:TRAINING]
+    chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:FASHION]
     examples, truth = (part[1000:] for part in read(folder, "t10k"))
     return classifier(model, images[chosen] / 255, labels[chosen], examples / 255, truth)
 
@@ -99,7 +99,7 @@ def resnet20() -> Case:
         images = task.normalize(torch.from_numpy(file["x"]).permute(0, 3, 1, 2))
         labels = torch.from_numpy(file["y"].astype(np.int64)).flatten()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the example's
-    ours, others = order[:TRAINING], order[TRAINING:]
+    ours, others = order[:CIFAR], order[CIFAR:]
     return classifier(task.load_model(folder), images[ours], labels[ours], images[others], labels[others])
 
 

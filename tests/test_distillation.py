@@ -162,7 +162,15 @@ def test_batches_of_different_shapes_are_kept_as_they_are(tagger: nn.Module) -> 
 
 def test_minutes_end_it() -> None:
     model, batches = network(2)
-    fewbit.finetune(model, LOW, batches, minutes=0.02)
+    fewbit.finetune(model, LOW, batches, minutes=0.05)
+
+
+def test_minutes_that_the_start_takes_leave_what_quantize_gives_and_say_so() -> None:
+    model, batches = network(2)
+    with pytest.warns(UserWarning, match="took 0.0 minutes, all of minutes = 1e-06: nothing was trained"):
+        found = fewbit.finetune(model, LOW, batches, minutes=1e-6)
+    start = fewbit.finetune(model, LOW, batches, steps=0)
+    assert torch.equal(found(batches[0]), start(batches[0]))
 
 
 def test_the_start_may_have_a_calibration_of_its_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,12 +71,12 @@ def finetune(
 ) -> nn.Module:
     """A quantized copy of ``model``, trained to give the float model's outputs. ``model`` itself is not changed.
 
-    ``batches`` are read once and kept in memory; labels in them are for ``loss`` alone. The training ends after ``minutes``, or
-    after ``steps`` updates if they are given: then the same seed gives the same result. ``loss(output, batch)``, if given, is
-    added to the distance to the teacher. ``calibration``: what ``quantize`` is given at the start, instead of the first
-    CALIBRATION examples of ``batches``: fewer will do where an example is a long text. The student trains in eval mode: without
-    dropout, its norms as they are. What is returned has the least loss on held-out examples, and is what ``quantize`` gives if
-    training did not improve on that by more than chance.
+    ``batches`` are read once and kept in memory; labels in them are for ``loss`` alone. All of it, quantizing at the start
+    included, ends after ``minutes``, or the training after ``steps`` updates if they are given: then the same seed gives the
+    same result. ``loss(output, batch)``, if given, is added to the distance to the teacher. ``calibration``: what ``quantize``
+    is given at the start, instead of the first CALIBRATION examples of ``batches``: fewer will do where an example is a long
+    text. The student trains in eval mode: without dropout, its norms as they are. What is returned has the least loss on
+    held-out examples, and is what ``quantize`` gives if training did not improve on that by more than chance.
 
     Raises what ``quantize`` raises, PlanError for settings that leave nothing to do, and UnsupportedError if an output has
     nothing to compare.
@@ -93,9 +94,7 @@ def finetune(
     data = _Data(model, list(batches), settings)
     first = data.calibration() if calibration is None else calibration
     student = prepare_qat(model, recipe, first, trainable=settings.trainable).eval()
-    schedule: Iterable[float] = _timed(start, minutes)
-    if steps is not None:
-        schedule = [step / steps for step in range(steps)]
+    schedule = _timed(start, minutes) if steps is None else (step / steps for step in range(steps))
     _train(student, float_twin(model, origin_of(student).plan), data, loss, settings, schedule)
     return convert(student)
 
@@ -155,7 +154,16 @@ def _pooled(batches: list[Any]) -> Any:
 
 
 def _timed(start: float, minutes: float) -> Iterator[float]:
-    while (share := (time.monotonic() - start) / (60 * minutes)) < 1:
+    """Shares of what is left of the minutes when the training begins."""
+    begun = time.monotonic()
+    left = start + 60 * minutes - begun
+    if left <= 0:
+        warnings.warn(
+            f"finetune: the quantized model that training starts from took {(begun - start) / 60:.1f} minutes, all of "
+            f"minutes = {minutes:g}: nothing was trained; give more.",
+            stacklevel=5,
+        )
+    while left > 0 and (share := (time.monotonic() - begun) / left) < 1:
         yield share
 
 

@@ -43,7 +43,7 @@ def test_the_whole_job_from_the_command_line(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["auto", str(TASK), "--max-drop", "0.01", "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     answer = json.loads((tmp_path / "answer.json").read_text())
-    assert answer["verdict"] == "pass" and answer["chosen"] == "int8-static"
+    assert answer["verdict"] == "pass" and answer["chosen"].startswith("int8-static")
     for trial in answer["trials"]:
         assert {"recipe", "drop", "interval", "latency", "size"} <= trial.keys()
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
