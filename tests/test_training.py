@@ -285,17 +285,19 @@ def test_two_processes_train_like_one() -> None:
     assert one[:6] == pytest.approx(one[6:], rel=1e-3)
 
 
+TWO_LEVELS = QuantSpec(
+    "int4",
+    per_group(16),
+    symmetric=False,
+    scale=QuantSpec("uint8", per_channel(0), symmetric=False),
+    scale_dtype="bfloat16",
+)
+
+
 def test_scales_of_two_levels_are_trained() -> None:
-    weight = QuantSpec(
-        "int4",
-        per_group(16),
-        symmetric=False,
-        scale=QuantSpec("uint8", per_channel(0), symmetric=False),
-        scale_dtype="bfloat16",
-    )
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 24)), torch.randn(50, 64)
-    recipe = Recipe("two levels", (Rule("type:Linear", Scheme(weight, method="mse")),))
+    recipe = Recipe("two levels", (Rule("type:Linear", Scheme(TWO_LEVELS, method="mse")),))
     student, start = fewbit.prepare_qat(model, recipe), fewbit.quantize(model, recipe)
     [(_, before)] = sites_of(fewbit.convert(student))
     assert torch.equal(before.qtensor().packed, dict(sites_of(start))["0"].qtensor().packed)
@@ -314,3 +316,17 @@ def test_scales_of_two_levels_are_trained() -> None:
     assert isinstance(old, QTensor) and isinstance(new, QTensor)
     assert torch.equal(old.scale, new.scale) and not torch.equal(old.codes, new.codes)  # type: ignore[arg-type]
     torch.testing.assert_close(trained(x), student.eval()(x), atol=1e-5, rtol=0)
+
+
+def test_scales_of_two_levels_do_not_round_to_zero() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 24))
+    student = fewbit.prepare_qat(model, Recipe("two levels", (Rule("type:Linear", Scheme(TWO_LEVELS, method="mse")),)))
+    grid = student.get_submodule("0").get_submodule("weight_grid")
+    assert isinstance(grid, LearnedGrid)
+    with torch.no_grad():
+        grid.log_scale.fill_(-20.0)
+    scale, _ = grid.values()
+    assert isinstance(scale, QTensor) and int(scale.codes.min()) == 1
+    student(torch.randn(8, 64)).sum().backward()
+    assert grid.log_scale.grad is not None and bool((grid.log_scale.grad != 0).all())

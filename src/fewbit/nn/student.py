@@ -63,7 +63,10 @@ class LearnedGrid(nn.Module):
         scale, zero_point = stored_grid(self, "", self.spec, self.shape)
         factor = self.log_scale.exp()
         if isinstance(scale, QTensor):
-            scale = quantize_with(dequantize(scale) * factor, scale.spec, scale.scale, scale.zero_point)
+            start, step = dequantize(scale), scale_values(scale.scale, scale.spec)
+            # A scale that rounded to 0 would stay there: nothing in its group had a gradient.
+            grown = torch.where(start > 0, torch.maximum(start * factor, step), start)
+            scale = quantize_with(grown, scale.spec, scale.scale, scale.zero_point)
         else:
             grown = scale.to(torch.float32) * factor
             scale = grown.clamp(min=torch.finfo(scale.dtype).tiny).to(scale.dtype)
