@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import fewbit
 from fewbit import processes
@@ -63,7 +65,8 @@ def quantize(
 ) -> None:
     """Quantize a model and save it; a Hugging Face folder piece by piece, in little memory.
 
-    Several processes share the work: torchrun --standalone --nproc-per-node=2 --no-python fewbit quantize ...
+    Several processes share the work: OMP_NUM_THREADS=4 torchrun --standalone --nproc-per-node=2 --no-python fewbit quantize ...
+    (4: threads of each; torchrun's default is 1).
     """
     chosen = fewbit.load_recipe(recipe, exclude or ())
     mixed = bits is not None or size is not None
@@ -77,23 +80,34 @@ def quantize(
             if mixed:
                 model = fewbit.load_task(source).model
                 chosen = fewbit.mixed_precision(model, chosen, calibration, bits=bits, size=size)
-            own = None if calibration is None else processes.part(calibration)
-            folder = fewbit.quantize_folder(source, out, chosen, (), max_ram, own, group)
+            chosen = processes.gathered(chosen)[0]
+            folder = fewbit.quantize_folder(source, out, chosen, (), max_ram, _part(calibration), group)
             plan = read_checkpoint(folder).plan
         else:
             task = fewbit.load_task(source)
             if mixed:
                 chosen = fewbit.mixed_precision(task.model, chosen, task.calibration, bits=bits, size=size)
-            batches = task.calibration
-            if group is not None and batches is not None:
-                batches = processes.part(list(batches))
-            quantized, folder = fewbit.quantize(task.model, chosen, batches, group=group), out
+            chosen = processes.gathered(chosen)[0]
+            quantized, folder = fewbit.quantize(task.model, chosen, _part(task.calibration), group=group), out
             plan = fewbit.plan_of(quantized)
             if processes.is_first():
                 fewbit.save(quantized, out)
         if processes.is_first():
             console.print(plan.summary())
             console.print(f"saved to {folder}: {saved_bytes(folder) / 1e6:.2f} MB")
+
+
+def _part(batches: Any) -> Any:
+    """This process' part of the calibration batches; one that is no list of batches is left to who reads it."""
+    if processes.count() == 1 or batches is None or isinstance(batches, (Tensor, Mapping)):
+        return batches
+    every = list(batches)
+    if len(every) < processes.count():
+        raise FewbitError(
+            f"found {len(every)} calibration batches for {processes.count()} processes: each needs one at least; "
+            "start fewer processes or give more data."
+        )
+    return processes.part(every)
 
 
 @app.command()

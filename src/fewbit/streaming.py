@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.batches import Call, calls, fingerprint
-from fewbit.errors import CheckpointError, PlanError, UnsupportedError
+from fewbit.errors import CalibrationError, CheckpointError, PlanError, UnsupportedError
 from fewbit.hardware import byte_count, resident
 from fewbit.methods import METHODS
 from fewbit.nn import QuantizedLayer, layer_class
 from fewbit.pipeline import skeleton
 from fewbit.placing import Informed
 from fewbit.plan import Plan, Recipe, Site, load_recipe, make_plan
-from fewbit.processes import count, gathered, is_first, share, sharing, united
+from fewbit.processes import agree, count, gathered, is_first, share, sharing, together, united
 from fewbit.progress import progress
 from fewbit.qtensor import QTensor, by_rows, dequantize, empty, joined, parts, rows
 from fewbit.source import CONFIG, INDEX, SINGLE, Source, Weight, copy_texts, open_source, read_config, warn_unused
@@ -94,6 +94,28 @@ def quantize_folder(
 def _quantize_folder(
     source: str | Path, out: str | Path, recipe: Recipe, max_ram: int | str | None, calibration: Any
 ) -> Path:
+    with together():
+        job = _job(source, out, recipe, max_ram, calibration)
+    data = gathered([fingerprint(call) for call in job.batches])
+    if any(data) and not all(data):
+        raise CalibrationError(
+            f"process {data.index([])} has no calibration batch, others do: each needs one at least."
+        )
+    job = replace(job, data=tuple(itertools.chain.from_iterable(data)))
+    if len(set(gathered(job.identity))) > 1:
+        raise PlanError(f"{out}: the processes that share it have different sources or recipes.")
+    with together():
+        job.folder_is_free()
+    try:
+        job.run()
+    except OSError as error:
+        raise CheckpointError(
+            f"{out}: cannot be written: {error}. What is done is kept: call again to go on."
+        ) from error
+    return job.out
+
+
+def _job(source: str | Path, out: str | Path, recipe: Recipe, max_ram: int | str | None, calibration: Any) -> Job:
     limit = None if max_ram is None else byte_count(max_ram)
     opened = open_source(source)
     plan = _plan(opened.model, recipe)
@@ -105,19 +127,9 @@ def _quantize_folder(
         (step.name, step.key): _rows_at_once(step, plan.sites[step.name], opened, limit) for step in steps if step.key
     }
     batches = () if calibration is None else tuple(calls(opened.model, calibration))
-    data = tuple(itertools.chain.from_iterable(gathered([fingerprint(call) for call in batches])))
     metadata = file_metadata(text_of(plan), aliases)
-    job = Job(Path(out), opened, plan, layout, tensors, metadata, limit, at_once, batches, data)
     warn_unused(opened)
-    job.folder_is_free()
-    gathered(None)  # before any process writes there
-    try:
-        job.run(_files(steps, tensors))
-    except OSError as error:
-        raise CheckpointError(
-            f"{out}: cannot be written: {error}. What is done is kept: call again to go on."
-        ) from error
-    return job.out
+    return Job(Path(out), opened, plan, layout, tensors, metadata, limit, at_once, _files(steps, tensors), batches)
 
 
 @dataclass(frozen=True)
@@ -132,14 +144,15 @@ class Job:
     metadata: Mapping[str, str]
     limit: int | None
     at_once: Mapping[tuple[str, str], int]  # rows of a weight
+    files: list[list[Step]]
     batches: tuple[Call, ...]  # to calibrate with, of this process
-    data: tuple[str, ...]  # what identifies the batches of all processes
+    data: tuple[str, ...] = ()  # what identifies the batches of all processes
 
     @property
     def identity(self) -> str:
         """Equal for two runs that must give the same files."""
         facts = {"source": self.source.fingerprint(), "metadata": dict(self.metadata), "file": FILE}
-        if self.batches:
+        if self.data:
             facts["data"] = self.data
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -156,53 +169,60 @@ class Job:
                 f"{self.out}: has an unfinished quantization of another source or recipe; delete the folder or give a new one."
             )
 
-    def run(self, files: list[list[Step]]) -> None:
-        names = _file_names(len(files))
+    def run(self) -> None:
+        names = _file_names(len(self.files))
         self.out.mkdir(parents=True, exist_ok=True)
-        record = self._record() or {"job": self.identity, "files": {}}
+        record = gathered(self._record())[0] or {"job": self.identity, "files": {}}
         done: dict[str, dict[str, float]] = record["files"]
-        todo = [(name, steps) for name, steps in zip(names, files, strict=True) if name not in done]
+        todo = [(name, steps) for name, steps in zip(names, self.files, strict=True) if name not in done]
         informed = None
         if self.batches and todo:
             places = {
                 key: name
-                for name, steps in zip(names, files, strict=True)
+                for name, steps in zip(names, self.files, strict=True)
                 if name in done
                 for s in steps
                 for key in s.tensors
             }
             written = partial(self._written, places)
             informed = Informed(self.source, self.plan, self.batches, self._whole, written)
-        together = informed is not None and informed.in_order
-        mine = todo if together else share(todo)
+        in_order = informed is not None and informed.in_order
+        mine = todo if in_order else share(todo)
         block, error = "", math.nan
 
         def status() -> str:
             return f"quantizing {block}, weight error {100 * error:.1f} %"
 
         every = progress([(name, step) for name, steps in mine for step in steps], "quantizing", status)
-        for turn in range(len(todo) if together else math.ceil(len(todo) / count())):
+        for turn in range(len(todo) if in_order else math.ceil(len(todo) / count())):
             made: dict[str, dict[str, float]] = {}
-            for name, steps in mine[turn : turn + 1]:
-                errors: dict[str, float] = {}
-                with self._writer(name, steps, is_first() or not together) as writer:
-                    for _ in steps:
-                        _, step = next(every)
-                        block = step.block
-                        if step.key:
-                            error = errors[f"{step.name}.{step.key}"] = self._quantize(step, writer, informed)
-                        elif writer is not None:
-                            self._copy(step, writer)
-                        self._check_memory(step)
-                if writer is not None:
-                    made[name] = errors
+            failure: Exception | None = None
+            try:
+                for name, steps in mine[turn : turn + 1]:
+                    errors: dict[str, float] = {}
+                    with self._writer(name, steps, is_first() or not in_order) as writer:
+                        for _ in steps:
+                            _, step = next(every)
+                            block = step.block
+                            if step.key:
+                                error = errors[f"{step.name}.{step.key}"] = self._quantize(step, writer, informed)
+                            elif writer is not None:
+                                self._copy(step, writer)
+                            self._check_memory(step)
+                    if writer is not None:
+                        made[name] = errors
+            except Exception as caught:
+                if in_order:  # the others are at other exchanges
+                    raise
+                failure = caught
             done.update(united(made))
             if is_first() and len(names) > 1:
                 self._write(PROGRESS, json.dumps(record))
+            agree(failure)
         next(every, None)  # the bar is done
-        if is_first():
-            self._finish(names, files, {key: value for errors in done.values() for key, value in errors.items()})
-        gathered(None)  # the folder is whole for all
+        with together():
+            if is_first():
+                self._finish(names, {key: value for errors in done.values() for key, value in errors.items()})
 
     @contextlib.contextmanager
     def _writer(self, name: str, steps: list[Step], wanted: bool) -> Iterator[TensorWriter | None]:
@@ -315,7 +335,7 @@ class Job:
             raise CheckpointError(f"{path}: damaged: {error}; delete the folder {self.out}.") from None
         return record
 
-    def _finish(self, names: list[str], files: list[list[Step]], errors: Mapping[str, float]) -> None:
+    def _finish(self, names: list[str], errors: Mapping[str, float]) -> None:
         copy_texts(self.source.folder, self.out)
         config = read_config(self.source.folder)
         if "dtype" not in config and "torch_dtype" not in config:
@@ -327,7 +347,9 @@ class Job:
         if len(names) == 1:
             next_name(self.out, SINGLE).replace(self.out / SINGLE)
         else:
-            places = {key: name for name, steps in zip(names, files, strict=True) for s in steps for key in s.tensors}
+            places = {
+                key: name for name, steps in zip(names, self.files, strict=True) for s in steps for key in s.tensors
+            }
             size = sum(self.tensors[key].nbytes for key in places)
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
             self._write(INDEX, json.dumps(index, indent=2))
