@@ -80,8 +80,9 @@ def quantize_folder(
 
     ``group``: processes of torch.distributed that share the work, as for ``quantize``: each calls this with the same arguments
     and its own part of the calibration batches. Each makes files of its own; where a method goes from block to block, each
-    finds the weights of some layers and the first process writes them all. The files are those that one process makes; an
-    interrupted run may go on with another number of processes.
+    finds the weights of some layers and the first process writes them all. The files are those that one process makes, with
+    data up to the order of their sums; an interrupted run may go on with another number of processes. The group needs a backend
+    for the CPU. What fails in one process raises in all, but within such a walk: end them all then, as torchrun does.
 
     Raises FewbitError, UnsupportedError or CheckpointError for a source that cannot be read (see ``open_source``),
     PlanError for a recipe that does not fit, CheckpointError if ``out`` cannot be written or holds something else,
