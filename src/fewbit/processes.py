@@ -43,7 +43,7 @@ def sharing(group: Any) -> Iterator[None]:
 @contextmanager
 def launched() -> Iterator[Any]:
     """The processes that torchrun started this one with, as a group that talks over gloo; None if there are no others."""
-    if not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
         yield None
         return
     dist.init_process_group("gloo", timeout=timedelta(days=1))  # a process may wait for a large file of another
