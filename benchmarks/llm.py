@@ -64,6 +64,7 @@ def recipe(weight: fewbit.QuantSpec, method: str, table: fewbit.Scheme = TABLE) 
     return fewbit.Recipe(method, rules)
 
 
+GROUPS_64 = replace(TWO_LEVELS, granularity=fewbit.per_group(64))
 GPTQ_6 = recipe(TWO_LEVELS, "gptq", TABLE_6)
 
 
@@ -178,6 +179,8 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "the same, trained": trained(36, lambda _: GPTQ_6),
     "the same, mixed 4.65": own(mixed(GPTQ_6, 4.65), "both"),
     "the same, mixed 4.65, trained": trained(38, mixed(GPTQ_6, 4.65)),
+    "groups of 64, random tokens": own(recipe(GROUPS_64, "mse", TABLE_6), "random"),
+    "groups of 64, GPTQ": own(recipe(GROUPS_64, "gptq", TABLE_6), "Emma"),
     "int4-weight-only, mixed 5.0": own(mixed("int4-weight-only", 5.0), "Emma"),
     "GGUF Q4_0": peer(gguf_type("Q4_0")),
     "GGUF Q4_1": peer(gguf_type("Q4_1")),
