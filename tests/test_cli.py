@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import fewbit
 from fewbit.cli import app, main
 from fewbit.ops import native
-from fewbit.texts import read_windows
+from fewbit.texts import random_windows, read_windows
 
 TASK = """
 import torch
@@ -160,6 +160,28 @@ def test_a_text_calibrates_and_judges_a_folder(
     assert all(torch.equal(x, found.state_dict()[name]) for name, x in expected.state_dict().items())
     code, output = invoke("compare", tmp_path / "hf", tmp_path / "out", "--text", text)
     assert code == 0 and "KL" in output
+
+
+def test_random_tokens_calibrate_a_folder(
+    decoder: Callable[..., Any],
+    task: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    decoder(vocab_size=512, dtype=torch.float32).save_pretrained(tmp_path / "hf")
+    arguments = ["--recipe", "int4-weight-only", "--out", tmp_path / "out", "--random-tokens"]
+    code, output = invoke("quantize", tmp_path / "hf", *arguments)
+    assert code == 0, output
+    model = fewbit.load_task(tmp_path / "hf").model
+    expected = fewbit.quantize(model, "int4-weight-only", random_windows(tmp_path / "hf")).state_dict()
+    found, without = fewbit.load(tmp_path / "out").state_dict(), fewbit.quantize(model, "int4-weight-only").state_dict()
+    assert all(torch.equal(x, found[name]) for name, x in expected.items())
+    assert not all(torch.equal(x, found[name]) for name, x in without.items())
+    capsys.readouterr()
+    both = failing(monkeypatch, capsys, "quantize", tmp_path / "hf", *arguments, "--text", task)
+    assert "--text and --random-tokens both say" in both
+    assert "--random-tokens is for a Hugging Face folder" in failing(monkeypatch, capsys, "quantize", task, *arguments)
 
 
 def test_bits_and_size_give_sensitive_layers_more(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 import fewbit
 from fewbit import CalibrationError, FewbitError
-from fewbit.texts import read_windows, text_task
+from fewbit.texts import random_windows, read_windows, text_task
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 TEXT = Path(__file__).parents[1] / "CONTRIBUTING.md"
@@ -45,6 +46,21 @@ def test_a_short_text_has_fewer_windows(folder: Path, tmp_path: Path) -> None:
         read_windows(folder, tmp_path / "none.txt")
     with pytest.raises(FewbitError, match="has no tokenizer that transformers can read"):
         read_windows(tmp_path, TEXT)
+
+
+def test_random_tokens_are_the_same_each_time(folder: Path, tmp_path: Path) -> None:
+    found = [window["input_ids"] for window in random_windows(folder, 3, 17)]
+    assert [window.shape for window in found] == [(1, 17)] * 3
+    tokens = torch.cat(found)
+    assert tokens.min() >= 0 and 256 < tokens.max() < 512
+    assert set(tokens[:, 0].tolist()) == {json.loads((folder / "config.json").read_text())["bos_token_id"]}
+    assert torch.equal(tokens, torch.cat([window["input_ids"] for window in random_windows(folder, 3, 17)]))
+    assert not torch.equal(tokens, torch.cat([window["input_ids"] for window in random_windows(folder, 3, 17, seed=1)]))
+    with pytest.raises(FewbitError, match="has no configuration that transformers can read"):
+        random_windows(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(FewbitError, match="a ResNetConfig has no vocab_size"):
+        random_windows(tmp_path)
 
 
 def test_a_model_is_judged_by_its_likelihood(folder: Path) -> None:

@@ -21,7 +21,7 @@ from fewbit.ops import native
 from fewbit.report import make_folder, write_report, write_text
 from fewbit.search.answer import FLOAT
 from fewbit.targets import read_checkpoint, saved_bytes
-from fewbit.texts import read_windows, text_task
+from fewbit.texts import random_windows, read_windows, text_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=fewbit.__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -60,6 +60,9 @@ def quantize(
     exclude: Exclude = None,
     max_ram: Annotated[str | None, typer.Option(help='for a folder: the most memory to take, like "6GB"')] = None,
     text: Annotated[Path | None, typer.Option(help="for a folder: a text file to calibrate with")] = None,
+    random_tokens: Annotated[
+        bool, typer.Option("--random-tokens", help="for a folder: calibrate with tokens drawn at random")
+    ] = False,
     bits: Annotated[float | None, typer.Option(help="of a weight on average: sensitive layers get more")] = None,
     size: Annotated[str | None, typer.Option(help='of the model, like "3.5GB": sensitive layers get more bits')] = None,
 ) -> None:
@@ -70,6 +73,11 @@ def quantize(
     """
     chosen = fewbit.load_recipe(recipe, exclude or ())
     mixed = bits is not None or size is not None
+    of_folder = {"--max-ram": max_ram is not None, "--text": text is not None, "--random-tokens": random_tokens}
+    if given := [name for name, is_given in of_folder.items() if is_given and source.is_file()]:
+        raise FewbitError(f"{source}: {given[0]} is for a Hugging Face folder; a task.py gives its own data.")
+    if text is not None and random_tokens:
+        raise FewbitError("--text and --random-tokens both say what to calibrate with: leave one out.")
     if source.is_dir() and mixed and text is None:
         raise FewbitError(f"{source}: --bits and --size measure which layers are sensitive: give a --text.")
     if source.is_dir() and mixed and max_ram is not None:
@@ -77,6 +85,8 @@ def quantize(
     with processes.launched() as group, processes.sharing(group):
         if source.is_dir():
             calibration = None if text is None else read_windows(source, text)
+            if random_tokens:
+                calibration = random_windows(source)
             if mixed:
                 model = fewbit.load_task(source).model
                 chosen = fewbit.mixed_precision(model, chosen, calibration, bits=bits, size=size)

@@ -13,6 +13,7 @@ from fewbit.task import Task, load_task
 
 WINDOWS = 16
 LENGTH = 1024
+RANDOM_WINDOWS, RANDOM_LENGTH = 8, 256
 
 
 def read_windows(
@@ -37,6 +38,37 @@ def read_windows(
     chosen = torch.linspace(0, whole - 1, min(count, whole)).long().unique().tolist()
     first = torch.tensor(begin, dtype=torch.int64)
     return [{"input_ids": torch.cat([first, tokens[n * own : (n + 1) * own]])[None]} for n in chosen]
+
+
+def random_windows(
+    folder: str | Path, count: int = RANDOM_WINDOWS, length: int = RANDOM_LENGTH, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """``count`` batches of one window of ``length`` tokens each, drawn at random, behind the begin token if there is one.
+
+    A stand-in for a text: which inputs of a layer are large depends more on the model than on what it reads. FewbitError for a
+    folder without the configuration of a language model, UnsupportedError without transformers.
+    """
+    config = _text_config(folder)
+    tokens = torch.randint(0, config.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
+    begin = config.bos_token_id
+    if isinstance(begin, int):
+        tokens[:, 0] = begin
+    return [{"input_ids": window} for window in tokens.split(1)]
+
+
+def _text_config(folder: str | Path) -> Any:
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        raise UnsupportedError(f"{folder}: reading it needs transformers: pip install 'fewbit[hf]'.") from None
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    # Whatever transformers makes of a file that is missing or damaged.
+    except Exception as error:
+        raise FewbitError(f"{folder}: has no configuration that transformers can read: {error}") from error
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise FewbitError(f"{folder}: a {type(config).__name__} has no vocab_size: it is no language model.")
+    return config
 
 
 def read_tokenizer(folder: str | Path) -> Any:
