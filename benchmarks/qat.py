@@ -117,7 +117,7 @@ def distance(output: Tensor, target: Tensor) -> Tensor:
 def distil(student: nn.Module, case: Case, steps: int, rate: float, loss: Loss | None = None) -> None:
     """The loop of the peers: as ``finetune``, but what it ends with is what is kept."""
     optimizer = torch.optim.AdamW(student.parameters(), weight_decay=0.0)
-    stream = shuffled(case.batches)
+    stream = map(case.augment, shuffled(case.batches))
     for step in range(steps):
         share = step / steps
         optimizer.param_groups[0]["lr"] = rate * min(1.0, 10 * share + 0.01) * 0.5 * (1 + math.cos(math.pi * share))
@@ -176,7 +176,9 @@ def made(what: str, bits: str, case: Case, steps: int, rate: float | None) -> tu
     # finetune does not hand out the student.
     with mock.patch("fewbit.distillation.convert", kept):
         loss = with_labels if "labels" in what else None
-        model = fewbit.finetune(case.model, recipe(bits, case), case.batches, steps=steps, loss=loss)
+        model = fewbit.finetune(
+            case.model, recipe(bits, case), case.batches, steps=steps, loss=loss, augment=case.augment
+        )
     return model, students[0]
 
 

@@ -2,8 +2,9 @@
 
 Nothing is in both. Fashion-MNIST trains on 20,000 images of its training set (Debian's dataset-fashion-mnist), which the model
 has seen before, and is evaluated like the example, on 9,000 test images. ResNet-20 has test images only: 4,000 of them, the
-example's calibration first, are trained on, and the other 6,000 are evaluated. MiniLM trains on sentences of BBC news and is
-evaluated on the STS-B development pairs.
+example's calibration first, are trained on, and the other 6,000 are evaluated. Images that are trained on are mirrored and
+shifted at random, by as many pixels as those that the models come from. MiniLM trains on sentences of BBC news and is evaluated
+on the STS-B development pairs.
 """
 
 from __future__ import annotations
@@ -23,17 +24,19 @@ import fewbit
 from measure import ROOT
 
 FASHION, CIFAR = 20000, 4000  # images to train on
+SHIFT = {"Fashion-MNIST": 2, "ResNet-20": 4}  # pixels
 SENTENCES = 1920
 RESAMPLES = 1000  # of the pairs, for the interval of Spearman's drop
 
 
 @dataclass(frozen=True)
 class Case:
-    """``score``: what all outputs are worth, for people. ``drop``: how much less others are, with its 95 % interval.
-    ``top``: of each output, the class, or what may stand for one."""
+    """``augment``: of a batch, what is trained on. ``score``: what all outputs are worth, for people. ``drop``: how much less
+    others are, with its 95 % interval. ``top``: of each output, the class, or what may stand for one."""
 
     model: nn.Module
     batches: list[Any]  # to train on
+    augment: Callable[[Any], Any]
     examples: list[Any]  # to evaluate on
     score: Callable[[Tensor], float]
     drop: Callable[[Tensor, Tensor], tuple[float, float, float]]
@@ -59,7 +62,20 @@ def of_example(name: str) -> Any:
     return importlib.import_module("task")
 
 
-def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tensor, truth: Tensor) -> Case:
+def mirrored_and_shifted(images: Tensor, pixels: int, random: torch.Generator) -> Tensor:
+    """Half of the images mirrored, and each moved by up to so many pixels; zeros come in."""
+    count, _, height, width = images.shape
+    mirrored = torch.where(torch.rand(count, 1, 1, 1, generator=random) < 0.5, images.flip(3), images)
+    padded = nn.functional.pad(mirrored, [pixels] * 4).permute(0, 2, 3, 1)
+    top, left = torch.randint(0, 2 * pixels + 1, (2, count, 1), generator=random)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    moved = padded[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tensor, truth: Tensor, shift: int) -> Case:
+    random = torch.Generator().manual_seed(0)
+
     def right(logits: Tensor) -> Tensor:
         return (logits.argmax(1) == truth[: len(logits)]).double()
 
@@ -71,6 +87,7 @@ def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tenso
     return Case(
         model=model,
         batches=list(zip(images.split(64), labels.split(64), strict=True)),
+        augment=lambda batch: (mirrored_and_shifted(batch[0], shift, random), batch[1]),
         examples=list(examples.split(250)),
         score=lambda logits: 100 * float(right(logits).mean()),
         drop=drop,
@@ -89,7 +106,7 @@ def fashion_mnist() -> Case:
     images, labels = read(folder, "train")
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:FASHION]
     examples, truth = (part[1000:] for part in read(folder, "t10k"))
-    return classifier(model, images[chosen] / 255, labels[chosen], examples / 255, truth)
+    return classifier(model, images[chosen] / 255, labels[chosen], examples / 255, truth, SHIFT["Fashion-MNIST"])
 
 
 def resnet20() -> Case:
@@ -100,7 +117,8 @@ def resnet20() -> Case:
         labels = torch.from_numpy(file["y"].astype(np.int64)).flatten()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the example's
     ours, others = order[:CIFAR], order[CIFAR:]
-    return classifier(task.load_model(folder), images[ours], labels[ours], images[others], labels[others])
+    shift = SHIFT["ResNet-20"]
+    return classifier(task.load_model(folder), images[ours], labels[ours], images[others], labels[others], shift)
 
 
 def minilm() -> Case:
@@ -142,6 +160,7 @@ def minilm() -> Case:
     return Case(
         model=task.SentenceEncoder(task.AutoModel.from_pretrained(folder)).eval(),
         batches=batched(sorted(task.read_news(SENTENCES), key=len)),
+        augment=lambda batch: batch,
         examples=batched([sentences[i] for i in order]),
         score=lambda outputs: float(spearmanr(similarities(outputs), gold).statistic),
         drop=drop,

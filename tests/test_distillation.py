@@ -149,6 +149,30 @@ def test_loss_gets_the_output_and_the_batch_with_its_labels() -> None:
     assert share[1] > share[0] + 0.3
 
 
+def test_only_what_is_trained_on_is_augmented(cnn: nn.Module, images: list[Tensor]) -> None:
+    pairs = [(batch, torch.full((len(batch),), number)) for number, batch in enumerate(images)]
+    given: list[Tensor] = []
+    seen: list[Tensor] = []
+
+    def augment(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        given.append(batch[1])
+        return batch[0].flip(-1), batch[1] + 100
+
+    def loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        seen.append(batch[1])
+        return output.sum() * 0
+
+    settings = Training(batch_size=4, held_out=0.25)
+    fewbit.finetune(cnn, "int8-static", pairs, steps=3, loss=loss, training=settings, augment=augment)
+    assert len(given) == 3 and all(bool((labels < 100).all()) for labels in given)
+    trained = [labels for labels in seen if bool((labels >= 100).all())]
+    assert [labels.tolist() for labels in trained] == [(labels + 100).tolist() for labels in given]
+    assert len(seen) > len(trained)  # judged as they were
+    plain = fewbit.finetune(cnn, "int8-static", pairs, steps=0, training=settings)
+    again = fewbit.finetune(cnn, "int8-static", pairs, steps=0, training=settings, augment=augment)
+    assert equal(plain, again)
+
+
 def test_batches_of_different_shapes_are_kept_as_they_are(tagger: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, 200, (3, length), generator=generator) for length in (5, 6, 7, 8)]

@@ -68,6 +68,7 @@ def finetune(
     loss: Loss | None = None,
     training: Training | None = None,
     calibration: Any = None,
+    augment: Callable[[Any], Any] | None = None,
 ) -> nn.Module:
     """A quantized copy of ``model``, trained to give the float model's outputs. ``model`` itself is not changed.
 
@@ -75,8 +76,11 @@ def finetune(
     included, ends after ``minutes``, or the training after ``steps`` updates if they are given: then the same seed gives the
     same result. ``loss(output, batch)``, if given, is added to the distance to the teacher. ``calibration``: what ``quantize``
     is given at the start, instead of the first CALIBRATION examples of ``batches``: fewer will do where an example is a long
-    text. The student trains in eval mode: without dropout, its norms as they are. What is returned has the least loss on
-    held-out examples, and is what ``quantize`` gives if training did not improve on that by more than chance.
+    text. ``augment(batch)``, if given, makes of a batch what is trained on: mirrored and shifted images, say. Take what the
+    float model was trained with. What calibrates and what judges stay as they are.
+
+    The student trains in eval mode: without dropout, its norms as they are. What is returned has the least loss on held-out
+    examples, and is what ``quantize`` gives if training did not improve on that by more than chance.
 
     Raises what ``quantize`` raises, PlanError for settings that leave nothing to do, and UnsupportedError if an output has
     nothing to compare.
@@ -95,7 +99,8 @@ def finetune(
     first = data.calibration() if calibration is None else calibration
     student = prepare_qat(model, recipe, first, trainable=settings.trainable).eval()
     schedule = _timed(start, minutes) if steps is None else (step / steps for step in range(steps))
-    _train(student, float_twin(model, origin_of(student).plan), data, loss, settings, schedule)
+    stream = data.shuffled() if augment is None else map(augment, data.shuffled())
+    _train(student, float_twin(model, origin_of(student).plan), data, stream, loss, settings, schedule)
     return convert(student)
 
 
@@ -171,11 +176,13 @@ def _train(
     student: nn.Module,
     teacher: nn.Module,
     data: _Data,
+    stream: Iterator[Any],
     loss: Loss | None,
     settings: Training,
     schedule: Iterable[float],
 ) -> None:
-    """Leaves ``student`` with the parameters that had the least loss on the held-out examples."""
+    """Leaves ``student`` with the parameters that had the least loss on the held-out examples of ``data``; ``stream``: batches
+    to train on."""
     optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -203,7 +210,6 @@ def _train(
     average = [p.detach().clone() for p in parameters]
     start, at_start = [p.clone() for p in average], judged(average)
     best, least, waiting, due, checks = start, at_start, 0, 1 / CHECKS, 0
-    stream = data.shuffled()
     for step, share in enumerate(progress(schedule, "training")):
         batch = next(stream)
         factor = min(1.0, (share + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
