@@ -11,9 +11,10 @@ of steps on batches of the same data, with AdamW, a warm-up and a cosine, toward
 ``finetune`` with its defaults, and the loop below for peers. Of several learning rates (RATES) a peer keeps the model with the
 best score, on the data that it is evaluated on; ours has one. A float model has nothing to learn from its own outputs; what it
 gains from labels in as many steps is "FP32 with labels", to be compared with "fewbit QAT with labels" alone. ``seconds``,
-those of one rate, and ``peak MB`` are from the float model and the data in memory to the trained
-model. ``simulated``: the share of outputs whose top-1 is the same in the student and in what it is converted to. ``lowered``:
-the score on fewbit's integer kernels. MiniLM has no classes: its top-1 is the nearest other sentence.
+those of one rate, and ``peak MB`` are from the float model and the data in memory to the trained model. ``lost`` and ``won``:
+images that were right and are wrong, and the other way; of the float model, what they would be if its LEAST_SURE images got their
+second class. ``simulated``: the share of outputs whose top-1 is the same in the student and in what it is converted to.
+``lowered``: the score on fewbit's integer kernels. MiniLM has no classes: its top-1 is the nearest other sentence.
 
 Step: forward, backward and update on one batch, in turns in one process, medians; and the memory that five of them take
 beyond model, gradients, optimizer and data, in fresh processes.
@@ -77,6 +78,7 @@ RATES = {
 Loss = Callable[[Any, Any], Tensor]  # of the output and the batch
 SECONDS = 15.0  # for the steps of each model
 TRIAL = 12  # steps with --quick
+LEAST_SURE = 200  # images
 
 
 def candidates(model_name: str) -> list[tuple[str, str]]:
@@ -209,12 +211,14 @@ def accuracy(what: str, bits: str, model_name: str, float_file: Path, quick: boo
     row["score"] = case.score(outputs)
     if what == FLOAT:
         torch.save(outputs, float_file)
-        return row
+        return row | (least_sure(outputs, case.truth) if case.truth is not None else {})
     before = torch.load(float_file)
     row["drop"], row["low"], row["high"] = case.drop(before, outputs)
     row["flips"], row["examples"] = int((case.top(before) != case.top(outputs)).sum()), len(outputs)
-    if case.is_classifier:
+    if case.truth is not None:
         row["KL"] = kl_and_flips(before, outputs)[0]
+        right = [logits.argmax(1) == case.truth[: len(logits)] for logits in (before, outputs)]
+        row |= {"lost": int((right[0] & ~right[1]).sum()), "won": int((~right[0] & right[1]).sum())}
     row["error"] = float((outputs - before).norm() / before.norm())
     if what != PTQ:
         row |= {"steps": steps, "batch": BATCH[model_name], "learning rate": rate}
@@ -225,6 +229,15 @@ def accuracy(what: str, bits: str, model_name: str, float_file: Path, quick: boo
     if what in (PTQ, OURS, OURS_LABELS) and case.is_classifier:
         row |= lowered(model, case)
     return row
+
+
+def least_sure(logits: Tensor, truth: Tensor) -> dict[str, int]:
+    """How many of LEAST_SURE images are right, and how many would be if they got their second class: those where the two
+    likeliest classes are nearest to each other. They are what rounding changes first."""
+    values, classes = logits.softmax(1).topk(2)
+    chosen = (values[:, 0] - values[:, 1]).argsort()[:LEAST_SURE]
+    first, second = (classes[chosen] == truth[chosen, None]).sum(0).tolist()
+    return {"least sure": len(chosen), "lost": first, "won": second}
 
 
 def lowered(model: nn.Module, case: Case) -> dict[str, Any]:

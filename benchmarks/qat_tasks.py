@@ -32,7 +32,7 @@ RESAMPLES = 1000  # of the pairs, for the interval of Spearman's drop
 @dataclass(frozen=True)
 class Case:
     """``augment``: of a batch, what is trained on. ``score``: what all outputs are worth, for people. ``drop``: how much less
-    others are, with its 95 % interval. ``top``: of each output, the class, or what may stand for one."""
+    others are, with its 95 % interval. ``top``: of each output, the class, or what may stand for one. ``truth``: classes."""
 
     model: nn.Module
     batches: list[Any]  # to train on
@@ -41,7 +41,11 @@ class Case:
     score: Callable[[Tensor], float]
     drop: Callable[[Tensor, Tensor], tuple[float, float, float]]
     top: Callable[[Tensor], Tensor]
-    is_classifier: bool
+    truth: Tensor | None = None
+
+    @property
+    def is_classifier(self) -> bool:
+        return self.truth is not None
 
     @torch.no_grad()
     def outputs(self, model: Callable[..., Any]) -> Tensor:
@@ -92,7 +96,7 @@ def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tenso
         score=lambda logits: 100 * float(right(logits).mean()),
         drop=drop,
         top=lambda logits: logits.argmax(1),
-        is_classifier=True,
+        truth=truth,
     )
 
 
@@ -165,7 +169,6 @@ def minilm() -> Case:
         score=lambda outputs: float(spearmanr(similarities(outputs), gold).statistic),
         drop=drop,
         top=nearest,
-        is_classifier=False,
     )
 
 

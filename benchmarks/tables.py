@@ -140,7 +140,10 @@ def qat(rows: list[dict[str, Any]]) -> list[list[str]]:
             line[4] = f"{row['drop']:.2g} ({row['low']:.2g} to {row['high']:.2g})"
             line[6] = f"{row['KL']:.2g}" if "KL" in row else ""
             line[7] = f"{row['flips']} of {row['examples']}"
+            line[7] += f": -{row['lost']} +{row['won']}" if "won" in row else ""
             line[8:10] = [f"{row['seconds']:.0f} s", f"{row['peak MB'] - row['loaded MB']:.0f} MB"]
+        elif "won" in row:
+            line[7] = f"the {row['least sure']} least sure: -{row['lost']} +{row['won']}"
         start = rounded.get((row["model"], row["bits"]))
         if start and row is not start and not row["what"].startswith("FP32") and start["low"] > 0:
             line[5] = f"{100 * (1 - row['drop'] / start['drop']):.0f} %"
