@@ -12,7 +12,7 @@ of steps on batches of the same data, with AdamW, a warm-up and a cosine, toward
 best score, on the data that it is evaluated on; ours has one. A float model has nothing to learn from its own outputs; what it
 gains from labels in as many steps is "FP32 with labels", to be compared with "fewbit QAT with labels" alone. ``seconds``,
 those of one rate, and ``peak MB`` are from the float model and the data in memory to the trained model. ``lost`` and ``won``:
-images that were right and are wrong, and the other way; of the float model, what they would be if its LEAST_SURE images got their
+images that were right and are wrong, and the other way; of the float model, what they were if its LEAST_SURE images got their
 second class. ``simulated``: the share of outputs whose top-1 is the same in the student and in what it is converted to.
 ``lowered``: the score on fewbit's integer kernels. MiniLM has no classes: its top-1 is the nearest other sentence.
 
