@@ -52,7 +52,7 @@ from peers import QAT
 from qat_tasks import CASES, Case, call
 
 STEPS = {
-    "Fashion-MNIST": {"W8A8": 200, "W4A8": 200, "W4A4": 800},
+    "Fashion-MNIST": {"W8A8": 200, "W4A8": 200, "W4A4": 400},
     "ResNet-20": {"W8A8": 400, "W4A8": 600, "W4A4": 2000},
     "MiniLM": {"W8A8": 60, "W4A8": 150, "W4A4": 150},
 }
