@@ -13,9 +13,10 @@ quantizing, the float model included in the memory.
 
 ``random tokens``: calibration without data, 2048 tokens drawn at random. ``mixed``: the bits of the linear layers on average;
 what more of them is worth where is measured on 32 sequences of 256 tokens of both texts. GGUF types: weights rounded by the
-package gguf. Peers have the table in Q8_0. HQQ is not in the extra ``bench``, since transformers imports what is installed, and
-its row is left out without it: pip install --no-deps --target FOLDER hqq termcolor, and FOLDER in PYTHONPATH. Left out too, as
-they bring their own torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
+package gguf; llama.cpp: by itself, its "imatrix" from Emma's windows; in Q4_K_M rows of 576 weights get Q5_0 and Q8_0, since
+those of Q4_K and Q6_K are multiples of 256. Peers have the table in Q8_0. HQQ is not in the extra ``bench``, since
+transformers imports what is installed, and its row is left out without it: pip install --no-deps --target FOLDER hqq termcolor,
+and FOLDER in PYTHONPATH. Left out too, as they bring their own torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from fewbit.methods import METHODS, Gptq
 from fewbit.ops import native
 from fewbit.pipeline import sites_of
 from measure import RESULTS, ROOT, example, write
+from peers import ggml_rounded, q4_k_m
 
 sys.path += [str(ROOT / "examples"), str(ROOT / "examples" / "smollm2")]
 
@@ -130,6 +132,49 @@ def peer(round_weight: Callable[[Tensor], Tensor]) -> Callable[[nn.Module], nn.M
     return make
 
 
+def llama_cpp(type_of: Callable[[str, int, int], str], data: bool) -> Callable[[nn.Module], nn.Module]:
+    """A model with the weights that llama.cpp rounds, with or without its "imatrix"; the table is Q8_0 here, as there."""
+
+    @torch.no_grad()
+    def make(model: Any) -> nn.Module:
+        layers = {
+            name: layer for name, layer in model.model.named_modules(prefix="model") if isinstance(layer, nn.Linear)
+        }
+        moments = second_moments(model, layers) if data else dict.fromkeys(layers)
+        bits = 0.0
+        for name, layer in layers.items():
+            kind = type_of(name, layer.in_features, model.config.num_hidden_layers)
+            layer.weight.copy_(ggml_rounded(layer.weight, kind, moments[name]))
+            bits += bits_of(kind) * layer.weight.numel()
+        table = model.get_input_embeddings().weight
+        table.copy_(ggml_rounded(table, "Q8_0"))
+        model.linear_bits = bits / sum(layer.weight.numel() for layer in layers.values())
+        return model
+
+    return make
+
+
+def second_moments(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, Tensor]:
+    """E[x^2] of the inputs of the layers on the calibration windows."""
+    sums = {name: torch.zeros(layer.in_features) for name, layer in layers.items()}
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: sums[name].add_(args[0].square().mean((0, 1))))
+        for name, layer in layers.items()
+    ]
+    for batch in calibration():
+        model(**batch)
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
+def bits_of(kind: str) -> float:
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    return 8 * size / block
+
+
 def gguf_type(name: str) -> Callable[[Tensor], Tensor]:
     def round_weight(weight: Tensor) -> Tensor:
         import gguf
@@ -187,6 +232,9 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torchao int4 g32, asymmetric": peer(torchao("ASYMMETRIC", "AFFINE")),
     "torchao int4 g32, HQQ scales": peer(torchao("SYMMETRIC", "HQQ_SCALE_ONLY")),
     "HQQ int4 g64": peer(hqq),
+    "llama.cpp Q4_0, imatrix": llama_cpp(lambda *_: "Q4_0", data=True),
+    "llama.cpp Q4_K_M": llama_cpp(q4_k_m, data=False),
+    "llama.cpp Q4_K_M, imatrix": llama_cpp(q4_k_m, data=True),
 }
 # Scales and zero points in 16 bits, torchao's zero points in 8.
 BITS = {
@@ -288,7 +336,7 @@ def row(what: str) -> dict[str, Any]:
     made = ROWS[what](model)
     seconds, peak = time.perf_counter() - began, memory("VmHWM")
     layers = [layer.qtensor() for name, layer in sites_of(made) if name.startswith("model.layers.")]
-    bits = sum(q.nbytes for q in layers) * 8 / linear if layers else BITS.get(what, 32.0)
+    bits = sum(q.nbytes for q in layers) * 8 / linear if layers else getattr(made, "linear_bits", BITS.get(what, 32.0))
     if layers:
         size = fewbit.plan_of(made).nbytes / 1e6
     else:

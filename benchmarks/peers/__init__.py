@@ -10,7 +10,7 @@ from __future__ import annotations
 from peers.cnn import CNN, preload
 from peers.layer import UNLIMITED, Layer
 from peers.linear import LINEAR
-from peers.llama_cpp import llama_cpp_decode, write_gguf
+from peers.llama_cpp import ggml_rounded, llama_cpp_decode, q4_k_m, write_gguf
 from peers.onnxruntime import OnnxModule, onnx_dynamic, onnx_export
 from peers.openvino import OpenvinoModule
 from peers.pytorch import torch_ao_dynamic
@@ -25,11 +25,13 @@ __all__ = [
     "Layer",
     "OnnxModule",
     "OpenvinoModule",
+    "ggml_rounded",
     "int4_dynamic",
     "llama_cpp_decode",
     "onnx_dynamic",
     "onnx_export",
     "preload",
+    "q4_k_m",
     "rounded",
     "torch_ao_dynamic",
     "write_gguf",

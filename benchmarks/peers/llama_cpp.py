@@ -41,6 +41,7 @@ GGML = {  # what is called of the C API: result, arguments
     "ggml_backend_tensor_set": (None, POINTER, POINTER, SIZE, SIZE),
     "ggml_backend_graph_compute": (INT, POINTER, POINTER),
     "ggml_cpu_has_avx512": (INT,),
+    "ggml_quantize_chunk": (SIZE, INT, POINTER, POINTER, LONG, LONG, LONG, POINTER),
     "ggml_log_set": (None, POINTER, POINTER),
 }
 FLOAT32, Q4_0 = 0, 2  # ggml_type
@@ -118,6 +119,30 @@ def llama_cpp_q4(weight: Tensor) -> Layer:
         return run
 
     return Layer(bind, blocks.nbytes, "avx512" if library.ggml_cpu_has_avx512() else "avx2")
+
+
+def ggml_rounded(weight: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
+    """The float32 ``weight`` as llama.cpp rounds it to a type. ``importance``: E[x^2] of its columns, an "imatrix"."""
+    import gguf
+
+    of = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[of]
+    rows, columns = weight.shape
+    weight, data = weight.contiguous(), np.empty((rows, columns // block * size), np.uint8)
+    matters = None if importance is None else importance.float().contiguous()
+    pointer = None if matters is None else matters.data_ptr()
+    ggml().ggml_quantize_chunk(of, weight.data_ptr(), data.ctypes.data, 0, rows, columns, pointer)
+    return torch.from_numpy(gguf.dequantize(data, of))
+
+
+def q4_k_m(name: str, columns: int, layers: int) -> str:
+    """The type that llama.cpp gives a linear layer in its mixture Q4_K_M (llama-quant.cpp, llama_tensor_get_type_impl). Rows
+    that are no multiple of 256 get the next simpler type."""
+    layer = int(name.split(".")[2])
+    first = layers // 8
+    more = layer < first or layer >= 7 * layers // 8 or (layer - first) % 3 == 2
+    kind = "Q6_K" if more and name.endswith(("v_proj", "down_proj")) else "Q4_K"
+    return kind if columns % 256 == 0 else {"Q6_K": "Q8_0", "Q4_K": "Q5_0"}[kind]
 
 
 GGUF_NAMES = {

@@ -26,6 +26,7 @@ WEIGHTS = {
     "Q4_0": QuantSpec("int4", GROUPS, scale_dtype="bfloat16"),
     "Q4_1": QuantSpec("int4", GROUPS, symmetric=False),
     "Q8_0": QuantSpec("int8", per_channel(0)),
+    "Q6_K": QuantSpec("int6", per_channel(0)),
     "Q4_0 in groups of 64": QuantSpec("int4", per_group(64), scale_dtype="bfloat16"),
 }
 # llama.cpp in a process of its own: what it logs and leaves behind is not ours.
@@ -77,7 +78,7 @@ def test_llama_cpp_computes_the_same(
 ) -> None:
     if name != "llama" and kind != "Q4_0":
         pytest.skip("one kind is enough")
-    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "tie_word_embeddings": tied}
+    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": tied}
     head = {"head_dim": 32} if name == "qwen3" else {}
     model = decoder(name, torch.float32, **sizes, **head)
     for parameter in model.parameters():
@@ -119,7 +120,7 @@ def test_the_same_text_from_a_model_that_knows_one(
 def test_numbers_are_those_of_the_model_up_to_float16(
     decoder: Callable[..., Any], quantized_folder: Quantizer, kind: str, tmp_path: Path
 ) -> None:
-    model = decoder("qwen2", torch.float32, vocab_size=512)
+    model = decoder("qwen2", torch.float32, vocab_size=512, hidden_size=256, intermediate_size=512)
     folder = quantized_folder(model, WEIGHTS[kind])
     reader = gguf.GGUFReader(export_gguf(folder, tmp_path / "model.gguf"))
     found = {tensor.name: tensor for tensor in reader.tensors}

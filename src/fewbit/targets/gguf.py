@@ -1,8 +1,8 @@
 """GGUF, the format of llama.cpp: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-Blocks of 32 weights of a row with scales in float16. Symmetric int4 becomes Q4_0, asymmetric Q4_1, int8 and int6 a row Q8_0:
-the codes as they are, the scales rounded to float16. llama.cpp rounds activations to 8 bits, so that its numbers differ a
-little.
+Blocks of 32 weights of a row with scales in float16. Symmetric int4 becomes Q4_0, asymmetric Q4_1, int8 a row Q8_0; int6 a row
+becomes Q6_K, whose blocks have 256 weights, or Q8_0 where rows are no multiple of that: the codes as they are, the scales
+rounded to float16. llama.cpp rounds activations to 8 bits, so that its numbers differ a little.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fewbit.nn import QuantizedLayer
 from fewbit.qtensor import QTensor
 from fewbit.targets.native import load, next_name
 
-BLOCK = 32
+BLOCK, SUPER_BLOCK = 32, 256
 # llama.cpp computes by the architecture, which it knows by a name of its own.
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 
@@ -118,12 +118,14 @@ def _encoded(name: str, weight: Tensor | QTensor, order: Tensor | None) -> tuple
     zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
     if order is not None:
         codes, scale, zero = codes[order], scale[order], zero[order]
-    blocks = columns // BLOCK
-    scale, zero = (x.repeat_interleave(-(-blocks // x.shape[1]), 1)[:, :blocks, None] for x in (scale, zero))
     if not bool(scale.half().isfinite().all()):
         raise UnsupportedError(
             f"{name}: a scale of {float(scale.max()):g} is beyond float16, which GGUF keeps scales in."
         )
+    if spec.format == "int6" and scale.shape[1] == 1 and columns % SUPER_BLOCK == 0:
+        return _six_bits(codes, scale), "Q6_K"
+    blocks = columns // BLOCK
+    scale, zero = (x.repeat_interleave(-(-blocks // x.shape[1]), 1)[:, :blocks, None] for x in (scale, zero))
     codes = codes.view(rows, blocks, BLOCK)
     if spec.format != "int4":
         return _bytes(rows, scale, codes), "Q8_0"
@@ -132,6 +134,21 @@ def _encoded(name: str, weight: Tensor | QTensor, order: Tensor | None) -> tuple
     if weight.zero_point is None:
         return _bytes(rows, scale, packed), "Q4_0"
     return _bytes(rows, torch.cat([scale, -(zero + 8) * scale], 2), packed), "Q4_1"
+
+
+def _six_bits(codes: Tensor, scale: Tensor) -> NDArray[np.uint8]:
+    """Q6_K of int6 codes ``[rows, columns]`` with a scale a row. Each half of a block has four times 32 codes: in ``ql`` the
+    first and the third share bytes, as the second and the fourth do, in ``qh`` all four."""
+    rows, columns = codes.shape
+    blocks = columns // SUPER_BLOCK
+    quarters = (codes + 32).to(torch.uint8).view(rows, blocks, 2, 4, BLOCK)
+    low, high = quarters & 15, quarters >> 4
+    ql = low[..., :2, :] | (low[..., 2:, :] << 4)
+    qh = high[..., 0, :] | (high[..., 1, :] << 2) | (high[..., 2, :] << 4) | (high[..., 3, :] << 6)
+    ones = torch.ones(rows, blocks, SUPER_BLOCK // 16, dtype=torch.uint8)  # scales of scales
+    d = scale.half().view(torch.uint8)[:, None].expand(rows, blocks, 2)
+    data: NDArray[np.uint8] = torch.cat([ql.flatten(2), qh.flatten(2), ones, d], 2).numpy()
+    return data.reshape(rows, -1)
 
 
 def _bytes(rows: int, numbers: Tensor, codes: Tensor) -> NDArray[np.uint8]:
