@@ -144,7 +144,11 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
 
 
 def test_a_text_calibrates_and_judges_a_folder(
-    decoder: Callable[..., Any], write_tokenizer: Callable[[Path], None], tmp_path: Path
+    decoder: Callable[..., Any],
+    write_tokenizer: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     decoder(vocab_size=512, dtype=torch.float32).save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf")
@@ -160,6 +164,9 @@ def test_a_text_calibrates_and_judges_a_folder(
     assert all(torch.equal(x, found.state_dict()[name]) for name, x in expected.state_dict().items())
     code, output = invoke("compare", tmp_path / "hf", tmp_path / "out", "--text", text)
     assert code == 0 and "KL" in output
+    capsys.readouterr()
+    line = failing(monkeypatch, capsys, "compare", tmp_path / "hf", tmp_path / "out")
+    assert "compare needs a --text to judge a language model by" in line
 
 
 def test_random_tokens_calibrate_a_folder(
@@ -205,6 +212,7 @@ def test_bits_and_size_give_sensitive_layers_more(
     capsys.readouterr()
     for extra, message in ((["--max-ram", "1GB", "--text", text], "leave out --max-ram"), ([], "give a --text")):
         assert message in failing(monkeypatch, capsys, *arguments, "--out", tmp_path / "none", *extra)
+    task.write_text(TASK.replace("list(x.split(16))", "iter(x.split(16))"))  # read once
     code, output = invoke("quantize", task, "--recipe", "int4-dynamic", "--size", "1MB", "--out", tmp_path / "small")
     assert code == 0, output
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fewbit
 from fewbit import CalibrationError, PlanError, QuantSpec, Recipe, Rule, Scheme, Training, UnsupportedError, per_channel
-from fewbit.distillation import _Data, _distance, _groups
+from fewbit.distillation import Target, _Data, _groups
 
 LOW = Recipe(
     "low",
@@ -26,16 +26,27 @@ def network(seed: int) -> tuple[nn.Module, list[Tensor]]:
     return model, list(torch.randn(256, 16).split(32))
 
 
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.head((x + self.second(x)).relu().mean((2, 3)))
+
+
 def held_out_error(model: nn.Module, candidate: nn.Module, batches: list[Tensor], settings: Training) -> float:
     data = _Data(model, batches, settings)
     with torch.no_grad():
         pairs = [(candidate(batch), model(batch)) for batch in data.held_out]
-        return sum(float(_distance(*pair, settings.temperature)) for pair in pairs) / len(pairs)
+        return sum(float(Target.of(exact).distance(found, settings.temperature)) for found, exact in pairs) / len(pairs)
 
 
 @torch.no_grad()
 def error_on(x: Tensor, model: nn.Module, candidate: nn.Module) -> float:
-    return float(_distance(candidate(x), model(x), 2.0))
+    return float(Target.of(model(x)).distance(candidate(x), 2.0))
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:
@@ -65,6 +76,34 @@ def test_training_helps() -> None:
     tuned = fewbit.finetune(model, LOW, batches, steps=300, training=settings)
     before, after = (held_out_error(model, candidate, batches, settings) for candidate in (start, tuned))
     assert after < 0.8 * before
+
+
+def test_half_precision_learns_in_small_steps() -> None:
+    model, batches = network(0)
+    model, batches = model.bfloat16(), [batch.bfloat16() for batch in batches]
+    settings = Training(held_out=0.25, step_rate=0.0)  # weights alone
+    start = fewbit.quantize(model, LOW, _Data(model, batches, settings).calibration())
+    tuned = fewbit.finetune(model, LOW, batches, steps=300, training=settings)
+    before, after = (held_out_error(model, candidate, batches, settings) for candidate in (start, tuned))
+    assert after < 0.9 * before
+    assert {p.dtype for p in tuned.parameters()} == {torch.bfloat16}
+
+
+def test_a_negative_loss_that_falls_is_trained_to_the_end() -> None:
+    model, batches = network(0)
+    count = 0
+
+    def counted(batch: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return batch
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        return -nn.functional.cosine_similarity(output, model(batch).detach()).mean()
+
+    settings = Training(teacher=0.0, held_out=0.25, batch_size=32)
+    fewbit.finetune(model, LOW, batches, steps=80, loss=loss, training=settings, augment=counted)
+    assert count == 80
 
 
 def test_features_bring_the_outputs_of_layers_nearer() -> None:
@@ -173,6 +212,30 @@ def test_only_what_is_trained_on_is_augmented(cnn: nn.Module, images: list[Tenso
     assert equal(plain, again)
 
 
+def test_what_augment_does_to_a_batch_does_not_last(tagger: nn.Module) -> None:
+    torch.manual_seed(3)
+    batches = [{"tokens": torch.randint(0, 200, (2, length))} for length in (5, 6, 7, 8)]
+    kept = copy.deepcopy(batches)
+
+    def mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch["tokens"].zero_()
+        return batch
+
+    fewbit.finetune(tagger, "int8-dynamic", batches, steps=6, augment=mask)
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(batches, kept, strict=True))
+
+
+def test_what_training_does_not_improve_is_what_quantize_gives() -> None:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    batches = list(torch.randn(64, 3, 8, 8).split(16))
+    settings = Training()
+    start = fewbit.quantize(model, "int8-static", _Data(model, batches, settings).calibration())
+    tuned = fewbit.finetune(model, "int8-static", batches, steps=0, training=settings)
+    assert equal(start, tuned)
+    assert fewbit.plan_of(start).results and fewbit.plan_of(start).results == fewbit.plan_of(tuned).results
+
+
 def test_batches_of_different_shapes_are_kept_as_they_are(tagger: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, 200, (3, length), generator=generator) for length in (5, 6, 7, 8)]
@@ -232,12 +295,29 @@ def test_gains_of_norms_move_like_steps() -> None:
 
 def test_distance_of_logits_ignores_a_constant_and_that_of_features_does_not() -> None:
     x = torch.randn(6, 5)
-    assert float(_distance(x + 3, x, 2.0)) == pytest.approx(0, abs=1e-5)
+    assert float(Target.of(x).distance(x + 3, 2.0)) == pytest.approx(0, abs=1e-5)
     unit = nn.functional.normalize(x, dim=1)
-    assert float(_distance(unit + 3, unit, 2.0)) > 1
-    assert float(_distance({"a": x[None] * 1.1}, {"a": x[None]}, 2.0)) == pytest.approx(0.01, rel=1e-3)
+    assert float(Target.of(unit).distance(unit + 3, 2.0)) > 1
+    assert float(Target.of({"a": x[None]}).distance({"a": x[None] * 1.1}, 2.0)) == pytest.approx(0.01, rel=1e-3)
+    assert float(Target.of(x, logits=False).distance(x + 3, 2.0)) > 1
     masked = torch.where(torch.arange(5) == 2, -torch.inf, x)
-    assert float(_distance(masked, masked, 2.0)) == pytest.approx(0, abs=1e-6)
+    assert float(Target.of(masked).distance(masked, 2.0)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight_rate", -1),
+        ("temperature", 0),
+        ("batch_size", 0),
+        ("held_out", 1),
+        ("average", 1),
+        ("features", float("nan")),
+    ],
+)
+def test_settings_that_are_impossible(name: str, value: float) -> None:
+    with pytest.raises(PlanError, match=f"Training: found {name} = "):
+        Training(**{name: value})  # type: ignore[arg-type]
 
 
 def test_errors(cnn: nn.Module, images: list[Tensor]) -> None:

@@ -58,6 +58,8 @@ def test_random_tokens_are_the_same_each_time(folder: Path, tmp_path: Path) -> N
     assert not torch.equal(tokens, torch.cat([window["input_ids"] for window in random_windows(folder, 3, 17, seed=1)]))
     with pytest.raises(FewbitError, match="has no configuration that transformers can read"):
         random_windows(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "t5", "vocab_size": 100}')  # has no begin token
+    assert random_windows(tmp_path)[0]["input_ids"].max() < 100
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(FewbitError, match="a ResNetConfig has no vocab_size"):
         random_windows(tmp_path)

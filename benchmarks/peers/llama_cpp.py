@@ -52,7 +52,7 @@ def ggml() -> Any:
     """ggml from the library in the package xllamacpp."""
     spec = importlib.util.find_spec("xllamacpp")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("no xllamacpp")
+        raise ModuleNotFoundError("no xllamacpp")
     library = ctypes.CDLL(str(next(Path(spec.submodule_search_locations[0]).glob("*.so"))))
     for name, (result, *arguments) in GGML.items():
         function = getattr(library, name)
@@ -131,7 +131,9 @@ def ggml_rounded(weight: Tensor, kind: str, importance: Tensor | None = None) ->
     weight, data = weight.contiguous(), np.empty((rows, columns // block * size), np.uint8)
     matters = None if importance is None else importance.float().contiguous()
     pointer = None if matters is None else matters.data_ptr()
-    ggml().ggml_quantize_chunk(of, weight.data_ptr(), data.ctypes.data, 0, rows, columns, pointer)
+    written = ggml().ggml_quantize_chunk(of, weight.data_ptr(), data.ctypes.data, 0, rows, columns, pointer)
+    if written != data.nbytes:
+        raise RuntimeError(f"ggml_quantize_chunk wrote {written} bytes of {kind}, expected {data.nbytes}")
     return torch.from_numpy(gguf.dequantize(data, of))
 
 

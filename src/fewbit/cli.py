@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,17 +88,23 @@ def quantize(
             if random_tokens:
                 calibration = random_windows(source)
             if mixed:
-                model = fewbit.load_task(source).model
-                chosen = fewbit.mixed_precision(model, chosen, calibration, bits=bits, size=size)
+                # The model is dropped: quantizing reads the folder piece by piece.
+                chosen = fewbit.mixed_precision(
+                    fewbit.load_task(source).model, chosen, calibration, bits=bits, size=size
+                )
             chosen = processes.gathered(chosen)[0]
             folder = fewbit.quantize_folder(source, out, chosen, (), max_ram, _part(calibration), group)
             plan = read_checkpoint(folder).plan
         else:
             task = fewbit.load_task(source)
+            calibration = task.calibration
             if mixed:
-                chosen = fewbit.mixed_precision(task.model, chosen, task.calibration, bits=bits, size=size)
+                calibration = (
+                    list(calibration) if isinstance(calibration, Iterator) else calibration
+                )  # it is read twice
+                chosen = fewbit.mixed_precision(task.model, chosen, calibration, bits=bits, size=size)
             chosen = processes.gathered(chosen)[0]
-            quantized, folder = fewbit.quantize(task.model, chosen, _part(task.calibration), group=group), out
+            quantized, folder = fewbit.quantize(task.model, chosen, _part(calibration), group=group), out
             plan = fewbit.plan_of(quantized)
             if processes.is_first():
                 fewbit.save(quantized, out)
@@ -171,6 +177,8 @@ def compare(
     text: Annotated[Path | None, typer.Option(help="of a language model's folder: a text file to judge by")] = None,
 ) -> None:
     """Measure a saved quantized model beside its float one."""
+    if text is None and source.is_dir():
+        raise FewbitError(f"{source}: compare needs a --text to judge a language model by.")
     task = fewbit.load_task(source) if text is None else text_task(source, text)
     batches = [task.example_inputs] if task.calibration is None else task.calibration
     if batches == [None]:

@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fewbit.batches import Call, to_call
+from fewbit.batches import Call, run, to_call
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
 from fewbit.graph import batch_size
 from fewbit.nn import LearnedGrid, Student
 from fewbit.pipeline import float_twin
 from fewbit.plan import Recipe
 from fewbit.progress import progress
-from fewbit.training import convert, origin_of, prepare_qat
+from fewbit.training import STUDENT, convert, origin_of, prepare_qat
 from fewbit.verify.outputs import float_tensors, main_output
 
 Loss = Callable[[Any, Any], Tensor]  # of the student's output and the batch as it was given
@@ -32,6 +32,8 @@ PATIENCE = 10  # checks that end it if all are worse than the best by more than 
 NOISE = 0.05
 WARM_UP = 0.1  # of the training
 PARTS = 8  # of the held-out examples, at least if there are as many: their spread says what is chance
+HALF = (torch.float16, torch.bfloat16)
+FEWEST = 4  # examples that are held out, but no more than a quarter
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class Training:
     Kullback-Leibler divergence at ``temperature``; 0 leaves ``loss`` alone. ``features``: the weight, beside it, of what the
     quantized layers give: the mean of their squared errors, each as a share of the float layer's squares. It is trained on, but
     does not judge. ``average``: the decay of the moving average of all parameters, which is what is kept. ``held_out``: the
-    share of the data that is not trained on but judges. ``trainable``: see ``prepare_qat``.
+    share of the data that is not trained on but judges. ``trainable``: see ``prepare_qat``. ``logits``: whether the output is
+    logits; None: what a mapping has as "logits" is, and so is a tensor with two axes, unless all its rows have length 1.
+
+    PlanError for values outside of what is possible.
     """
 
     weight_rate: float = 0.005
@@ -56,7 +61,19 @@ class Training:
     held_out: float = 0.1
     batch_size: int = 64
     trainable: float = 1.0
+    logits: bool | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[str, Callable[[float], bool]]] = {
+            **dict.fromkeys(("weight_rate", "step_rate", "teacher", "features"), ("at least 0", lambda x: x >= 0)),
+            **dict.fromkeys(("average", "held_out"), ("at least 0 and below 1", lambda x: 0 <= x < 1)),
+            "temperature": ("above 0", lambda x: x > 0),
+            "batch_size": ("at least 1", lambda x: x >= 1),
+        }
+        for name, (words, allows) in limits.items():
+            if not allows(getattr(self, name)):
+                raise PlanError(f"Training: found {name} = {getattr(self, name)}; it must be {words}.")
 
 
 def finetune(
@@ -72,12 +89,15 @@ def finetune(
 ) -> nn.Module:
     """A quantized copy of ``model``, trained to give the float model's outputs. ``model`` itself is not changed.
 
-    ``batches`` are read once and kept in memory; labels in them are for ``loss`` alone. All of it, quantizing at the start
-    included, ends after ``minutes``, or the training after ``steps`` updates if they are given: then the same seed gives the
-    same result. ``loss(output, batch)``, if given, is added to the distance to the teacher. ``calibration``: what ``quantize``
-    is given at the start, instead of the first CALIBRATION examples of ``batches``: fewer will do where an example is a long
-    text. ``augment(batch)``, if given, makes of a batch what is trained on: mirrored and shifted images, say. Take what the
-    float model was trained with. What calibrates and what judges stay as they are.
+    ``batches`` are read once and kept in memory; the first axis of their tensors counts examples, which are mixed anew in every
+    epoch if all batches have the same shapes. Labels in them are for ``loss`` alone. Training ends ``minutes`` after the call,
+    quantizing at the start included, or after ``steps`` updates if they are given: then the same seed gives the same result.
+    ``loss(output, batch)``, if given, is added to the distance to the teacher.
+
+    ``calibration``: what ``quantize`` is given at the start, instead of up to CALIBRATION examples (or as many batches, if
+    shapes differ) of those that are trained on: fewer will do where an example is a long text. ``augment(batch)``, if given,
+    makes of a batch what is trained on: mirrored and shifted images, say. Take what the float model was trained with. What
+    calibrates and what judges stay as they are.
 
     The student trains in eval mode: without dropout, its norms as they are. What is returned has the least loss on held-out
     examples, and is what ``quantize`` gives if training did not improve on that by more than chance.
@@ -100,7 +120,10 @@ def finetune(
     student = prepare_qat(model, recipe, first, trainable=settings.trainable).eval()
     schedule = _timed(start, minutes) if steps is None else (step / steps for step in range(steps))
     stream = data.shuffled() if augment is None else map(augment, data.shuffled())
-    _train(student, float_twin(model, origin_of(student).plan), data, stream, loss, settings, schedule)
+    origin = origin_of(student)
+    bar = progress(schedule, "training", total=steps)
+    if not _train(student, float_twin(model, origin.plan), data, stream, loss, settings, bar):
+        setattr(student, STUDENT, replace(origin, examples=()))  # no value has moved: results keep their grids
     return convert(student)
 
 
@@ -108,7 +131,8 @@ class _Data:
     """Batches, cut anew from all examples in every epoch where they fit together; some of them held out."""
 
     def __init__(self, model: nn.Module, batches: list[Any], settings: Training) -> None:
-        self._model, self._batches, self._pool = model, batches, _pooled(batches)
+        self._model, self._pool = model, _pooled(batches)
+        self._batches = batches if self._pool is None else []
         self._random = torch.Generator().manual_seed(settings.seed)
         self._size = 1 if self._pool is None else settings.batch_size
         count = len(batches) if self._pool is None else batch_size(self._pool)
@@ -117,10 +141,11 @@ class _Data:
                 f"finetune: found {count or 0} batches, needs two at least: one to train on, one to judge by."
             )
         order = torch.randperm(count, generator=self._random)
-        kept = min(count - 1, max(1, round(settings.held_out * count)))
+        kept = max(1, round(settings.held_out * count), min(FEWEST, count // 4))
+        kept = min(count - 1, kept)
         self.steps_of_check = kept / self._size  # that take as many examples
         self._training, held_out = order[kept:], order[:kept]
-        self.held_out = [self._batch(part) for part in held_out.split(min(self._size, math.ceil(kept / PARTS)))]
+        self.held_out = [self._batch(part) for part in held_out.split(max(1, min(self._size, kept // PARTS)))]
 
     def calibration(self) -> list[Any]:
         """The first CALIBRATION examples of those to train on, or as many batches."""
@@ -139,8 +164,8 @@ class _Data:
         return to_call(self._model, batch, "finetune")
 
     def _batch(self, indices: Tensor) -> Any:
-        if self._pool is None:
-            return self._batches[int(indices)]
+        if self._pool is None:  # a copy: what is done to a batch must not last
+            return pytree.tree_map_only(Tensor, torch.clone, self._batches[int(indices)])
         return pytree.tree_map_only(Tensor, lambda x: x[indices.to(x.device)], self._pool)
 
 
@@ -148,14 +173,21 @@ def _pooled(batches: list[Any]) -> Any:
     """All batches as one; None if they do not fit together."""
     leaves = [pytree.tree_leaves(batch) for batch in batches]
     kinds = [
-        (pytree.tree_structure(b), batch_size(b), [(x.dtype, x.shape[1:]) if isinstance(x, Tensor) else x for x in own])
-        for b, own in zip(batches, leaves, strict=True)
+        (pytree.tree_structure(batch), batch_size(batch), [_kind(leaf) for leaf in own])
+        for batch, own in zip(batches, leaves, strict=True)
     ]
     alike = bool(kinds) and all(kind[::2] == kinds[0][::2] and kind[1] is not None for kind in kinds)
     if not alike or any(isinstance(x, Tensor) and not x.dim() for x in leaves[0]):
         return None
     joined = [torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*leaves, strict=True)]
     return pytree.tree_unflatten(joined, kinds[0][0])
+
+
+def _kind(leaf: Any) -> Any:
+    """Equal for leaves of two batches that can be joined, or are the same."""
+    if isinstance(leaf, Tensor):
+        return leaf.dtype, leaf.shape[1:]
+    return leaf if leaf is None or isinstance(leaf, (bool, int, float, str)) else id(leaf)
 
 
 def _timed(start: float, minutes: float) -> Iterator[float]:
@@ -180,24 +212,33 @@ def _train(
     loss: Loss | None,
     settings: Training,
     schedule: Iterable[float],
-) -> None:
+) -> bool:
     """Leaves ``student`` with the parameters that had the least loss on the held-out examples of ``data``; ``stream``: batches
-    to train on."""
-    optimizer = torch.optim.AdamW(_groups(student, settings), weight_decay=0.0)
+    to train on. False if those are the parameters that it had."""
+    groups = _groups(student, settings)
+    parameters = [p for group in groups for p in group["params"]]
+    # In half precision updates of a hundredth of a step would round to nothing.
+    masters = [nn.Parameter(p.detach().float()) if p.dtype in HALF else p for p in parameters]
+    halves = [(p, master) for p, master in zip(parameters, masters, strict=True) if p is not master]
+    for group, master in zip(groups, masters, strict=True):
+        group["params"] = [master]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     layers = [name for name, module in student.named_modules() if isinstance(module, Student)]
     if not settings.teacher or not settings.features:
         layers = []
 
-    def total(batch: Any, target: Any) -> Tensor:
-        output = data.call(batch).run(student)
+    def output_of(model: nn.Module, batch: Any) -> Any:
+        return run(model, data.call(batch), "finetune", gradients=torch.is_grad_enabled())
+
+    def total(batch: Any, target: Target | None) -> Tensor:
+        output = output_of(student, batch)
         error = torch.zeros(()) if loss is None else loss(output, batch)
-        return error + settings.teacher * _distance(output, target, settings.temperature) if settings.teacher else error
+        return error if target is None else error + settings.teacher * target.distance(output, settings.temperature)
 
     @torch.no_grad()
-    def target_of(batch: Any) -> Any:
-        return data.call(batch).run(teacher) if settings.teacher else None
+    def target_of(batch: Any) -> Target | None:
+        return Target.of(output_of(teacher, batch), settings.logits) if settings.teacher else None
 
     @torch.no_grad()
     def judged(values: list[Tensor]) -> Tensor:
@@ -207,15 +248,15 @@ def _train(
         return errors
 
     held_out = [(batch, target_of(batch)) for batch in data.held_out]
-    average = [p.detach().clone() for p in parameters]
+    average = [p.detach().clone() for p in masters]
     start, at_start = [p.clone() for p in average], judged(average)
     best, least, waiting, due, checks = start, at_start, 0, 1 / CHECKS, 0
-    for step, share in enumerate(progress(schedule, "training")):
+    for step, share in enumerate(schedule):
         batch = next(stream)
         factor = min(1.0, (share + 1e-3) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
-        optimizer.zero_grad()
+        student.zero_grad()
         with _outputs(teacher, layers) as exact:
             target = target_of(batch)
         with _outputs(student, layers) as found:
@@ -223,14 +264,19 @@ def _train(
         if [x.shape for x in found] == [x.shape for x in exact]:  # not where values decide what is called
             error = error + settings.features * _mean_share(found, exact)
         error.backward()
+        for parameter, master in halves:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
         optimizer.step()
         with torch.no_grad():
+            for parameter, master in halves:
+                parameter.copy_(master)
             decay = min(settings.average, (1 + step) / (10 + step))
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+            torch._foreach_lerp_(average, [p.detach() for p in masters], 1 - decay)
         if share >= due and step >= (checks + 1) * data.steps_of_check:
             due, checks = due + 1 / CHECKS, checks + 1
             now = judged(average)
-            waiting = 0 if now.mean() < (1 + NOISE) * least.mean() else waiting + 1
+            least_mean = float(least.mean())
+            waiting = 0 if float(now.mean()) < least_mean + NOISE * abs(least_mean) else waiting + 1
             if now.mean() < least.mean():
                 best, least = [p.clone() for p in average], now
             if waiting >= PATIENCE:
@@ -238,7 +284,9 @@ def _train(
     last = judged(average)
     if last.mean() < least.mean():
         best, least = average, last
-    _exchange(parameters, best if _is_less(least, at_start) else start)
+    improved = _is_less(least, at_start)
+    _exchange(parameters, best if improved else start)
+    return improved
 
 
 def _is_less(errors: Tensor, others: Tensor) -> bool:
@@ -277,17 +325,30 @@ def _groups(student: nn.Module, settings: Training) -> list[dict[str, Any]]:
     return groups
 
 
-def _distance(output: Any, target: Any, temperature: float) -> Tensor:
-    """How far the student is from the teacher: of logits the divergence, in units that do not depend on the temperature; of
-    features the squared error as a share of their squares."""
-    exact, is_logits = main_output(target)
-    unit = bool(((exact.float().norm(dim=-1) - 1).abs() < 1e-3).all())  # normalized embeddings
-    if is_logits and not unit:
+@dataclass(frozen=True)
+class Target:
+    """What a student's output for a batch is compared with: tensors of the float model's output, one if it is ``logits``."""
+
+    exact: list[Tensor]
+    logits: bool
+
+    @staticmethod
+    def of(output: Any, logits: bool | None = None) -> Target:
+        """``logits``: see ``Training``. Nothing else of the output is kept."""
+        exact, found = main_output(output)
+        if logits is None:  # normalized embeddings are no logits
+            logits = found and not bool(((exact.float().norm(dim=-1) - 1).abs() < 1e-3).all())
+        return Target([exact] if logits else list(float_tensors(output)), logits)
+
+    def distance(self, output: Any, temperature: float) -> Tensor:
+        """How far an output is from it: of logits the divergence, in units that do not depend on the temperature; of features
+        the squared error as a share of their squares."""
+        if not self.logits:
+            return _mean_share(float_tensors(output), self.exact)
         found, _ = main_output(output)
-        p, q = (torch.log_softmax(x.float() / temperature, -1).flatten(0, -2) for x in (exact, found))
+        p, q = (torch.log_softmax(x.float() / temperature, -1).flatten(0, -2) for x in (*self.exact, found))
         terms = torch.where(p.isfinite(), p.exp() * (p - q), 0.0)
         return terms.sum(1).mean() * temperature**2
-    return _mean_share(float_tensors(output), float_tensors(target))
 
 
 def _mean_share(found: Iterable[Tensor], exact: Iterable[Tensor]) -> Tensor:

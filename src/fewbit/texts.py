@@ -50,7 +50,7 @@ def random_windows(
     """
     config = _text_config(folder)
     tokens = torch.randint(0, config.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
-    begin = config.bos_token_id
+    begin = getattr(config, "bos_token_id", None)
     if isinstance(begin, int):
         tokens[:, 0] = begin
     return [{"input_ids": window} for window in tokens.split(1)]

@@ -78,7 +78,8 @@ def test_llama_cpp_computes_the_same(
 ) -> None:
     if name != "llama" and kind != "Q4_0":
         pytest.skip("one kind is enough")
-    sizes = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": tied}
+    hidden = 256 if kind == "Q6_K" else 128
+    sizes = {"vocab_size": 512, "hidden_size": hidden, "intermediate_size": 256, "tie_word_embeddings": tied}
     head = {"head_dim": 32} if name == "qwen3" else {}
     model = decoder(name, torch.float32, **sizes, **head)
     for parameter in model.parameters():
@@ -120,7 +121,7 @@ def test_the_same_text_from_a_model_that_knows_one(
 def test_numbers_are_those_of_the_model_up_to_float16(
     decoder: Callable[..., Any], quantized_folder: Quantizer, kind: str, tmp_path: Path
 ) -> None:
-    model = decoder("qwen2", torch.float32, vocab_size=512, hidden_size=256, intermediate_size=512)
+    model = decoder("qwen2", torch.float32, vocab_size=512, hidden_size=256, intermediate_size=544)
     folder = quantized_folder(model, WEIGHTS[kind])
     reader = gguf.GGUFReader(export_gguf(folder, tmp_path / "model.gguf"))
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -159,9 +160,11 @@ def test_settings_and_tokenizer(decoder: Callable[..., Any], quantized_folder: Q
         (QuantSpec("int4", per_group(16)), "found int4 per group, .* columns"),
         (QuantSpec("nf4", GROUPS), "found nf4 per group"),
         (QuantSpec("int8"), "found int8 per tensor"),
+        (QuantSpec("int8", per_group(16)), "found int8 per group"),
+        (QuantSpec("int6", per_channel(1)), "found int6 per channel"),
         (QuantSpec("uint8", per_channel(0), symmetric=False), "found uint8 per channel"),
     ],
-    ids=["small-groups", "nf4", "per-tensor", "uint8"],
+    ids=["small-groups", "nf4", "per-tensor", "small-groups-8", "by-column", "uint8"],
 )
 def test_schemes_that_do_not_fit(
     decoder: Callable[..., Any], quantized_folder: Quantizer, weight: QuantSpec, message: str, tmp_path: Path

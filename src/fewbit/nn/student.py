@@ -175,7 +175,10 @@ class Student(nn.Module):
 
     def mean_step(self, name: str) -> float:
         """The mean scale of a weight."""
-        return float(self.quantized(name).scale_values.mean())
+        grid = self.get_submodule(f"{name}_grid")
+        assert isinstance(grid, LearnedGrid)
+        scale, _ = grid.values()
+        return float(scale_values(scale, grid.spec).mean())
 
     def static_grid(self) -> tuple[Tensor, Tensor | None] | None:
         """Scale and zero point of the input if they are fixed."""

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbit.batches import Call, calls, chunks, run
-from fewbit.errors import CalibrationError, PlanError
+from fewbit.batches import Call, calls, chunks, peek, run
+from fewbit.errors import PlanError
 from fewbit.formats import get_format
 from fewbit.hardware import byte_count
 from fewbit.methods import METHODS
@@ -59,9 +59,7 @@ def mixed_precision(
     for name in finer:
         get_format(name)
     recipe = load_recipe(recipe)
-    first = next(calls(model, calibration), None)
-    if first is None:
-        raise CalibrationError("calibration: found no batch; 16 windows of text or 64 images are usual.")
+    first, batches = peek(calls(model, calibration))
     twin, _, _ = find_transforms(twin_of(model), recipe, first)
     plan = make_plan(twin, recipe)
     groups = _groups(plan)
@@ -76,7 +74,7 @@ def mixed_precision(
         needs, given = f"{plan.nbytes / 1e6:.2f} MB", f"size = {size}"
     if room < 0:
         raise PlanError(f"mixed_precision: {recipe.name} takes {needs}, found {given}; take a recipe with fewer bits.")
-    harm = sensitivities(twin, plan, calls(model, calibration), seed)
+    harm = sensitivities(twin, plan, batches, seed)
     for name, format in _chosen(plan, groups, harm, finer, room).items():
         scheme = plan.sites[name].scheme
         recipe = recipe.override(escape(name), replace(scheme, weight=replace(scheme.weight, format=format)))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fewbit.errors import CheckpointError, UnsupportedError, unknown
 from fewbit.nn import QuantizedLayer
 from fewbit.qtensor import QTensor
+from fewbit.spec import per_channel
 from fewbit.targets.native import load, next_name
 
 BLOCK, SUPER_BLOCK = 32, 256
@@ -106,13 +107,15 @@ def _encoded(name: str, weight: Tensor | QTensor, order: Tensor | None) -> tuple
             return weight.numpy(), "F16"
         return weight.contiguous().view(torch.uint8).numpy(), "BF16"
     spec, (rows, columns) = weight.spec, weight.shape
-    grouped = spec.granularity.kind == "group" and spec.granularity.group_size % BLOCK == 0
-    known = (spec.format == "int4" and grouped) or (spec.format in ("int8", "int6") and spec.symmetric)
-    if not known or spec.scale is not None or columns % BLOCK or spec.granularity.kind == "tensor":
+    by_row = spec.granularity == per_channel(0)
+    size = columns if by_row else spec.granularity.group_size  # of what shares a scale
+    fits = by_row or (spec.granularity.kind == "group" and size % BLOCK == 0)
+    known = (spec.format == "int4" and not by_row) or (spec.format in ("int8", "int6") and spec.symmetric)
+    if not known or not fits or spec.scale is not None or columns % BLOCK:
         raise UnsupportedError(
             f"{name}: found {spec.format} per {spec.granularity.kind}, {columns} columns; GGUF gets int4 in groups of a "
-            f"multiple of {BLOCK}, or symmetric int8 or int6, with scales in one level, and rows of a multiple of {BLOCK}. "
-            "Recipe int4-symmetric makes such weights."
+            f"multiple of {BLOCK}, or symmetric int8 or int6 in such groups or a row, with scales in one level, and rows of a "
+            f"multiple of {BLOCK}. Recipe int4-symmetric makes such weights."
         )
     codes, scale = weight.codes, weight.scale_values
     zero = torch.zeros_like(scale) if weight.zero_point is None else weight.zero_point.float()
@@ -122,10 +125,11 @@ def _encoded(name: str, weight: Tensor | QTensor, order: Tensor | None) -> tuple
         raise UnsupportedError(
             f"{name}: a scale of {float(scale.max()):g} is beyond float16, which GGUF keeps scales in."
         )
-    if spec.format == "int6" and scale.shape[1] == 1 and columns % SUPER_BLOCK == 0:
+    if spec.format == "int6" and by_row and columns % SUPER_BLOCK == 0:
         return _six_bits(codes, scale), "Q6_K"
     blocks = columns // BLOCK
-    scale, zero = (x.repeat_interleave(-(-blocks // x.shape[1]), 1)[:, :blocks, None] for x in (scale, zero))
+    # The last group of a row may be short.
+    scale, zero = (x.repeat_interleave(size // BLOCK, 1)[:, :blocks, None] for x in (scale, zero))
     codes = codes.view(rows, blocks, BLOCK)
     if spec.format != "int4":
         return _bytes(rows, scale, codes), "Q8_0"
