@@ -7,7 +7,8 @@ All models if none is named; rows of the others stay in the file, which is writt
 what is in it. Data: see ``qat_tasks``.
 
 Accuracy: each candidate is made and evaluated in a fresh process, on all cores. At the same bits all train for the same number
-of steps on batches of the same data (``finetune`` holds out a tenth of them), with AdamW, a warm-up and a cosine, towards the float model's outputs, without labels:
+of steps on batches of the same data, of which ``finetune`` holds out a tenth, with AdamW, a warm-up and a cosine, towards the
+float model's outputs, without labels:
 ``finetune`` with its defaults, and the loop below for peers. Of several learning rates (RATES) a peer keeps the model with the
 best score, on the data that it is evaluated on; ours has one. A float model has nothing to learn from its own outputs; what it
 gains from labels in as many steps is "FP32 with labels", to be compared with "fewbit QAT with labels" alone. ``seconds``,
@@ -52,7 +53,7 @@ from peers import QAT
 from qat_tasks import CASES, Case, call
 
 STEPS = {
-    "Fashion-MNIST": {"W8A8": 200, "W4A8": 200, "W4A4": 400},
+    "Fashion-MNIST": {"W8A8": 200, "W4A8": 200, "W4A4": 800},
     "ResNet-20": {"W8A8": 400, "W4A8": 600, "W4A4": 2000},
     "MiniLM": {"W8A8": 60, "W4A8": 150, "W4A4": 150},
 }

@@ -2,9 +2,8 @@
 
 Nothing is in both. Fashion-MNIST trains on 20,000 images of its training set (Debian's dataset-fashion-mnist), which the model
 has seen before, and is evaluated like the example, on 9,000 test images. ResNet-20 has test images only: 4,000 of them, the
-example's calibration first, are trained on, and the other 6,000 are evaluated. Images that are trained on are mirrored and
-shifted at random, by as many pixels as those that the models come from. MiniLM trains on sentences of BBC news and is evaluated
-on the STS-B development pairs.
+example's calibration first, are trained on, mirrored and shifted at random as those that the model comes from, and the other
+6,000 are evaluated. MiniLM trains on sentences of BBC news and is evaluated on the STS-B development pairs.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ import fewbit
 from measure import ROOT
 
 FASHION, CIFAR = 20000, 4000  # images to train on
-SHIFT = {"Fashion-MNIST": 2, "ResNet-20": 4}  # pixels
+SHIFT = 4  # pixels
 SENTENCES = 1920
 RESAMPLES = 1000  # of the pairs, for the interval of Spearman's drop
 
@@ -77,9 +76,7 @@ def mirrored_and_shifted(images: Tensor, pixels: int, random: torch.Generator) -
     return moved.permute(0, 3, 1, 2).contiguous()
 
 
-def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tensor, truth: Tensor, shift: int) -> Case:
-    random = torch.Generator().manual_seed(0)
-
+def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tensor, truth: Tensor) -> Case:
     def right(logits: Tensor) -> Tensor:
         return (logits.argmax(1) == truth[: len(logits)]).double()
 
@@ -91,7 +88,7 @@ def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tenso
     return Case(
         model=model,
         batches=list(zip(images.split(64), labels.split(64), strict=True)),
-        augment=lambda batch: (mirrored_and_shifted(batch[0], shift, random), batch[1]),
+        augment=lambda batch: batch,
         examples=list(examples.split(250)),
         score=lambda logits: 100 * float(right(logits).mean()),
         drop=drop,
@@ -110,7 +107,7 @@ def fashion_mnist() -> Case:
     images, labels = read(folder, "train")
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:FASHION]
     examples, truth = (part[1000:] for part in read(folder, "t10k"))
-    return classifier(model, images[chosen] / 255, labels[chosen], examples / 255, truth, SHIFT["Fashion-MNIST"])
+    return classifier(model, images[chosen] / 255, labels[chosen], examples / 255, truth)
 
 
 def resnet20() -> Case:
@@ -121,8 +118,9 @@ def resnet20() -> Case:
         labels = torch.from_numpy(file["y"].astype(np.int64)).flatten()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the example's
     ours, others = order[:CIFAR], order[CIFAR:]
-    shift = SHIFT["ResNet-20"]
-    return classifier(task.load_model(folder), images[ours], labels[ours], images[others], labels[others], shift)
+    case = classifier(task.load_model(folder), images[ours], labels[ours], images[others], labels[others])
+    random = torch.Generator().manual_seed(0)
+    return replace(case, augment=lambda batch: (mirrored_and_shifted(batch[0], SHIFT, random), batch[1]))
 
 
 def minilm() -> Case:
