@@ -157,10 +157,14 @@ def llama_cpp(type_of: Callable[[str, int, int], str], data: bool) -> Callable[[
 def second_moments(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, Tensor]:
     """E[x^2] of the inputs of the layers on the calibration windows."""
     sums = {name: torch.zeros(layer.in_features) for name, layer in layers.items()}
-    handles = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: sums[name].add_(args[0].square().mean((0, 1))))
-        for name, layer in layers.items()
-    ]
+
+    def adding(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def add(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            sums[name] += args[0].square().mean((0, 1))
+
+        return add
+
+    handles = [layer.register_forward_pre_hook(adding(name)) for name, layer in layers.items()]
     for batch in calibration():
         model(**batch)
     for handle in handles:
