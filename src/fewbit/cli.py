@@ -99,9 +99,8 @@ def quantize(
             task = fewbit.load_task(source)
             calibration = task.calibration
             if mixed:
-                calibration = (
-                    list(calibration) if isinstance(calibration, Iterator) else calibration
-                )  # it is read twice
+                if isinstance(calibration, Iterator):
+                    calibration = list(calibration)  # it is read twice
                 chosen = fewbit.mixed_precision(task.model, chosen, calibration, bits=bits, size=size)
             chosen = processes.gathered(chosen)[0]
             quantized, folder = fewbit.quantize(task.model, chosen, _part(calibration), group=group), out
