@@ -35,12 +35,12 @@ class Case:
 
     model: nn.Module
     batches: list[Any]  # to train on
-    augment: Callable[[Any], Any]
     examples: list[Any]  # to evaluate on
     score: Callable[[Tensor], float]
     drop: Callable[[Tensor, Tensor], tuple[float, float, float]]
     top: Callable[[Tensor], Tensor]
     truth: Tensor | None = None
+    augment: Callable[[Any], Any] = lambda batch: batch
 
     @property
     def is_classifier(self) -> bool:
@@ -88,7 +88,6 @@ def classifier(model: nn.Module, images: Tensor, labels: Tensor, examples: Tenso
     return Case(
         model=model,
         batches=list(zip(images.split(64), labels.split(64), strict=True)),
-        augment=lambda batch: batch,
         examples=list(examples.split(250)),
         score=lambda logits: 100 * float(right(logits).mean()),
         drop=drop,
@@ -162,7 +161,6 @@ def minilm() -> Case:
     return Case(
         model=task.SentenceEncoder(task.AutoModel.from_pretrained(folder)).eval(),
         batches=batched(sorted(task.read_news(SENTENCES), key=len)),
-        augment=lambda batch: batch,
         examples=batched([sentences[i] for i in order]),
         score=lambda outputs: float(spearmanr(similarities(outputs), gold).statistic),
         drop=drop,

@@ -48,6 +48,13 @@ def task(tmp_path: Path) -> Path:
     return path
 
 
+def ascii_text(folder: Path) -> Path:
+    """A text file that ``write_tokenizer``'s tokenizer can read."""
+    path = folder / "text.txt"
+    path.write_text((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().encode("ascii", "ignore").decode())
+    return path
+
+
 def invoke(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -152,8 +159,7 @@ def test_a_text_calibrates_and_judges_a_folder(
 ) -> None:
     decoder(vocab_size=512, dtype=torch.float32).save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf")
-    text = tmp_path / "text.txt"
-    text.write_text((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().encode("ascii", "ignore").decode())
+    text = ascii_text(tmp_path)
     arguments = ["--recipe", "int4-gptq", "--out", tmp_path / "out", "--text", text]
     code, output = invoke("quantize", tmp_path / "hf", *arguments)
     assert code == 0, output
@@ -201,8 +207,7 @@ def test_bits_and_size_give_sensitive_layers_more(
 ) -> None:
     decoder(vocab_size=512, dtype=torch.float32).save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf")
-    text = tmp_path / "text.txt"
-    text.write_text((Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().encode("ascii", "ignore").decode())
+    text = ascii_text(tmp_path)
     arguments = ["quantize", tmp_path / "hf", "--recipe", "int4-symmetric", "--bits", 5.5]
     code, output = invoke(*arguments, "--out", tmp_path / "out", "--text", text)
     assert code == 0, output

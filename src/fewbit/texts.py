@@ -48,7 +48,9 @@ def random_windows(
     A stand-in for a text: which inputs of a layer are large depends more on the model than on what it reads. FewbitError for a
     folder without the configuration of a language model, UnsupportedError without transformers.
     """
-    config = _text_config(folder)
+    config = _read(folder, "AutoConfig", "configuration").get_text_config()
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise FewbitError(f"{folder}: a {type(config).__name__} has no vocab_size: it is no language model.")
     tokens = torch.randint(0, config.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
     begin = getattr(config, "bos_token_id", None)
     if isinstance(begin, int):
@@ -56,32 +58,22 @@ def random_windows(
     return [{"input_ids": window} for window in tokens.split(1)]
 
 
-def _text_config(folder: str | Path) -> Any:
-    try:
-        from transformers import AutoConfig
-    except ImportError:
-        raise UnsupportedError(f"{folder}: reading it needs transformers: pip install 'fewbit[hf]'.") from None
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    # Whatever transformers makes of a file that is missing or damaged.
-    except Exception as error:
-        raise FewbitError(f"{folder}: has no configuration that transformers can read: {error}") from error
-    if not isinstance(getattr(config, "vocab_size", None), int):
-        raise FewbitError(f"{folder}: a {type(config).__name__} has no vocab_size: it is no language model.")
-    return config
-
-
 def read_tokenizer(folder: str | Path) -> Any:
     """The tokenizer in a folder; FewbitError if there is none, UnsupportedError without transformers."""
+    return _read(folder, "AutoTokenizer", "tokenizer")
+
+
+def _read(folder: str | Path, cls: str, what: str) -> Any:
+    """What one of transformers' Auto classes makes of a folder."""
     try:
-        from transformers import AutoTokenizer
+        import transformers
     except ImportError:
         raise UnsupportedError(f"{folder}: reading it needs transformers: pip install 'fewbit[hf]'.") from None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    # Whatever tokenizers make of files that are missing or damaged.
+        return getattr(transformers, cls).from_pretrained(folder, local_files_only=True)
+    # Whatever transformers makes of files that are missing or damaged.
     except Exception as error:
-        raise FewbitError(f"{folder}: has no tokenizer that transformers can read: {error}") from error
+        raise FewbitError(f"{folder}: has no {what} that transformers can read: {error}") from error
 
 
 def text_task(folder: str | Path, file: str | Path, count: int = WINDOWS, length: int = LENGTH) -> Task:
