@@ -5,18 +5,19 @@
 
 The model's 4-bit source has its grid broken (examples/smollm2), or all 4-bit formats of groups of 32 would look lossless.
 Calibration: 16 windows of 1024 tokens of Austen's Emma, the begin token first; "novel and news": as many of BBC news beside
-them, and "the same" is the row of these; "trained": ``finetune`` from there, on sequences of 256 tokens of both texts.
+them, and "the same" is the row of these; "trained": ``finetune`` from there, on sequences of 256 tokens of both texts, with products in bfloat16 if the CPU has those.
 Perplexity: 16 windows of Austen's other novels, as in the example, and 8 of the Brown corpus. KL (float | quantized) and how
 often both give the same most likely token: over the windows of both texts. ``bits`` count codes, scales and zero points of the
 linear layers but the tied output layer. Each row is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of
 quantizing, the float model included in the memory.
 
-``random tokens``: calibration without data, 2048 tokens drawn at random. ``mixed``: the bits of the linear layers on average;
-what more of them is worth where is measured on 32 sequences of 256 tokens of both texts. GGUF types: weights rounded by the
-package gguf; llama.cpp: by itself, its "imatrix" from Emma's windows; in Q4_K_M rows of 576 weights get Q5_0 and Q8_0, since
-those of Q4_K and Q6_K are multiples of 256. Peers have the table in Q8_0. HQQ is not in the extra ``bench``, since
-transformers imports what is installed, and its row is left out without it: pip install --no-deps --target FOLDER hqq termcolor,
-and FOLDER in PYTHONPATH. Left out too, as they bring their own torch or need a GPU: GPTQModel, llm-compressor, AutoRound.
+Without data: ``random tokens``, 2048 drawn at random; ``own text``, as many that the float model writes. ``mixed``: the bits
+of the linear layers on average; what more of them is worth where is measured on 32 sequences of 256 tokens of both texts. GGUF
+types: weights rounded by the package gguf; llama.cpp: by itself, its "imatrix" from Emma's windows; in Q4_K_M rows of 576
+weights get Q5_0 and Q8_0, since those of Q4_K and Q6_K are multiples of 256. Peers have the table in Q8_0. HQQ is not in the
+extra ``bench``, since transformers imports what is installed, and its row is left out without it: pip install --no-deps
+--target FOLDER hqq termcolor, and FOLDER in PYTHONPATH. Left out too, as they bring their own torch or need a GPU: GPTQModel,
+llm-compressor, AutoRound.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from cnn import forget_peak, memory
 from fewbit.methods import METHODS, Gptq
 from fewbit.ops import native
 from fewbit.pipeline import sites_of
+from fewbit.texts import own_windows
 from measure import RESULTS, ROOT, example, write
 from peers import ggml_rounded, q4_k_m
 
@@ -78,7 +80,14 @@ def random_tokens() -> list[dict[str, Tensor]]:
 
 def own(how: fewbit.Recipe | str | Callable[[nn.Module], fewbit.Recipe], data: str) -> Callable[[nn.Module], nn.Module]:
     def make(model: nn.Module) -> nn.Module:
-        given = {"none": lambda: None, "random": random_tokens, "Emma": calibration, "both": two_kinds}[data]()
+        data_of = {
+            "none": lambda: None,
+            "random": random_tokens,
+            "own": lambda: [{"input_ids": torch.cat([batch["input_ids"] for batch in own_windows(model)])}],
+            "Emma": calibration,
+            "both": two_kinds,
+        }
+        given = data_of[data]()
         return fewbit.quantize(model, how(model) if callable(how) else how, given)
 
     return make
@@ -94,10 +103,13 @@ def gptq(**settings: Any) -> Callable[[nn.Module], nn.Module]:
 
 def trained(minutes: float, how: Callable[[nn.Module], fewbit.Recipe]) -> Callable[[nn.Module], nn.Module]:
     """Codes, scales and norms learn the float model's outputs on the novel and the news; minutes are those of finetune."""
+    autocast = "avx512_bf16" in fewbit.probe().features
 
     def make(model: nn.Module) -> nn.Module:
         sequences = [*batches(emma(), SEQUENCES // 5, SEQUENCE), *batches(news(), SEQUENCES * 4 // 5, SEQUENCE)]
-        settings = fewbit.Training(weight_rate=0.002, features=0.0, batch_size=4, held_out=16 / SEQUENCES)
+        settings = fewbit.Training(
+            weight_rate=0.002, features=0.0, batch_size=4, held_out=16 / SEQUENCES, autocast=autocast
+        )
         return fewbit.finetune(model, how(model), sequences, minutes, training=settings, calibration=two_kinds())
 
     return make
@@ -219,15 +231,19 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "two-level asymmetric, rounded": own(recipe(TWO_LEVELS, "rtn"), "none"),
     "int4-weight-only": own("int4-weight-only", "none"),
     "int4-weight-only, random tokens": own("int4-weight-only", "random"),
+    "int4-weight-only, own text": own("int4-weight-only", "own"),
     "int4-weight-only, calibrated": own("int4-weight-only", "Emma"),
     "GPTQ, 8-bit table, target W": gptq(dampings=(1e9,)),
     "GPTQ, 8-bit table": gptq(),
     "int4-gptq": own("int4-gptq", "Emma"),
+    "int4-gptq, 6-bit table, own text": own(GPTQ_6, "own"),
     "int4-gptq, 6-bit table": own(GPTQ_6, "Emma"),
     "int4-gptq, 6-bit table, novel and news": own(GPTQ_6, "both"),
     "the same, trained": trained(36, lambda _: GPTQ_6),
     "the same, mixed 4.65": own(mixed(GPTQ_6, 4.65), "both"),
     "the same, mixed 4.65, trained": trained(38, mixed(GPTQ_6, 4.65)),
+    "the same, mixed 5.5": own(mixed(GPTQ_6, 5.5), "both"),
+    "the same, mixed 5.5, 8-bit table": own(mixed(recipe(TWO_LEVELS, "gptq"), 5.5), "both"),
     "groups of 64, random tokens": own(recipe(GROUPS_64, "mse", TABLE_6), "random"),
     "groups of 64, GPTQ": own(recipe(GROUPS_64, "gptq", TABLE_6), "Emma"),
     "int4-weight-only, mixed 5.0": own(mixed("int4-weight-only", 5.0), "Emma"),

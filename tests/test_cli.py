@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import fewbit
 from fewbit.cli import app, main
 from fewbit.ops import native
-from fewbit.texts import random_windows, read_windows
+from fewbit.texts import own_windows, random_windows, read_windows
 
 TASK = """
 import torch
@@ -175,7 +175,9 @@ def test_a_text_calibrates_and_judges_a_folder(
     assert "compare needs a --text to judge a language model by" in line
 
 
-def test_random_tokens_calibrate_a_folder(
+@pytest.mark.parametrize("option", ["--random-tokens", "--own-text"])
+def test_a_folder_is_calibrated_without_a_text(
+    option: str,
     decoder: Callable[..., Any],
     task: Path,
     tmp_path: Path,
@@ -183,18 +185,27 @@ def test_random_tokens_calibrate_a_folder(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     decoder(vocab_size=512, dtype=torch.float32).save_pretrained(tmp_path / "hf")
-    arguments = ["--recipe", "int4-weight-only", "--out", tmp_path / "out", "--random-tokens"]
+    arguments = ["--recipe", "int4-weight-only", "--out", tmp_path / "out", option]
     code, output = invoke("quantize", tmp_path / "hf", *arguments)
     assert code == 0, output
     model = fewbit.load_task(tmp_path / "hf").model
-    expected = fewbit.quantize(model, "int4-weight-only", random_windows(tmp_path / "hf")).state_dict()
+    calibration = own_windows(model) if option == "--own-text" else random_windows(tmp_path / "hf")
+    expected = fewbit.quantize(model, "int4-weight-only", calibration).state_dict()
     found, without = fewbit.load(tmp_path / "out").state_dict(), fewbit.quantize(model, "int4-weight-only").state_dict()
     assert all(torch.equal(x, found[name]) for name, x in expected.items())
     assert not all(torch.equal(x, found[name]) for name, x in without.items())
     capsys.readouterr()
     both = failing(monkeypatch, capsys, "quantize", tmp_path / "hf", *arguments, "--text", task)
-    assert "--text and --random-tokens both say" in both
-    assert "--random-tokens is for a Hugging Face folder" in failing(monkeypatch, capsys, "quantize", task, *arguments)
+    assert f"--text and {option} say what to calibrate with" in both
+    assert f"{option} is for a Hugging Face folder" in failing(monkeypatch, capsys, "quantize", task, *arguments)
+
+
+def test_own_text_needs_the_model_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--recipe", "int4-weight-only", "--out", tmp_path / "out", "--own-text", "--max-ram", "1GB"]
+    found = failing(monkeypatch, capsys, "quantize", tmp_path, *arguments)
+    assert "--own-text has the float model in memory: leave out --max-ram" in found
 
 
 def test_bits_and_size_give_sensitive_layers_more(

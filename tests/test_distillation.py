@@ -89,6 +89,25 @@ def test_half_precision_learns_in_small_steps() -> None:
     assert {p.dtype for p in tuned.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_autocast_is_for_what_trains_alone(autocast: bool) -> None:
+    model, batches = network(0)
+    seen: dict[torch.dtype, set[bool]] = {}
+
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        seen.setdefault(output.dtype, set()).add(torch.is_grad_enabled())
+        return output.new_zeros(())
+
+    settings = Training(weight_rate=0.02, held_out=0.25, autocast=autocast)
+    start = fewbit.quantize(model, LOW, _Data(model, batches, settings).calibration())
+    tuned = fewbit.finetune(model, LOW, batches, steps=300, loss=loss, training=settings)
+    half = {torch.bfloat16: {True}, torch.float32: {False}}
+    assert seen == (half if autocast else {torch.float32: {True, False}})
+    before, after = (held_out_error(model, candidate, batches, settings) for candidate in (start, tuned))
+    assert after < 0.8 * before
+    assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+
+
 def test_a_negative_loss_that_falls_is_trained_to_the_end() -> None:
     model, batches = network(0)
     count = 0

@@ -12,7 +12,7 @@ import torch
 
 import fewbit
 from fewbit import CalibrationError, FewbitError
-from fewbit.texts import random_windows, read_windows, text_task
+from fewbit.texts import own_windows, random_windows, read_windows, text_task
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 TEXT = Path(__file__).parents[1] / "CONTRIBUTING.md"
@@ -63,6 +63,41 @@ def test_random_tokens_are_the_same_each_time(folder: Path, tmp_path: Path) -> N
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(FewbitError, match="a ResNetConfig has no vocab_size"):
         random_windows(tmp_path)
+
+
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_a_model_writes_what_it_predicts(folder: Path, has_cache: bool) -> None:
+    model: Any = fewbit.load_task(folder).model
+    # Each token is followed by the next one in turn, whatever came before.
+    model.model.layers = torch.nn.ModuleList(model.model.layers[:1])
+    model.config.num_hidden_layers = 1
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+        table = torch.randn(512, model.config.hidden_size)
+        model.model.embed_tokens.weight.copy_(table)
+        model.lm_head.weight = torch.nn.Parameter(100 * table.roll(1, 0))
+    if not has_cache:
+        forward = model.forward
+        model.forward = lambda input_ids, **_: forward(input_ids=input_ids, use_cache=False)
+    found = own_windows(model, 18, 5)
+    assert [window["input_ids"].shape for window in found] == [(16, 5), (2, 5)]
+    begin = model.config.bos_token_id
+    assert torch.cat([window["input_ids"] for window in found]).tolist() == [list(range(begin, begin + 5))] * 18
+
+
+def test_what_a_model_writes_is_the_same_each_time(folder: Path) -> None:
+    model: Any = fewbit.load_task(folder).model
+    first, second, other = (own_windows(model, 3, 6, seed)[0]["input_ids"] for seed in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert not first.is_inference() and {*first[:, 0].tolist()} == {model.config.bos_token_id}
+    model.config.bos_token_id = None
+    assert len({*own_windows(model, 8, 2)[0]["input_ids"][:, 0].tolist()}) > 1
+    with pytest.raises(FewbitError, match="own_windows: this Linear: a NoneType has no vocab_size"):
+        own_windows(torch.nn.Linear(2, 2))
+    encoder = model.model
+    with pytest.raises(FewbitError, match="own_windows: this LlamaModel returned no logits"):
+        own_windows(encoder)
 
 
 def test_a_model_is_judged_by_its_likelihood(folder: Path) -> None:

@@ -37,6 +37,14 @@ def step(student: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) ->
     return loss.item()
 
 
+def assert_same(simulated: Tensor, exact: Tensor, recipe: str) -> None:
+    """To the bit; an LSTM's student has float sums, and a value between two codes may get the other one."""
+    if recipe == "int8-dynamic":
+        torch.testing.assert_close(simulated, exact, atol=0.03 * float(exact.abs().max()), rtol=0)
+    else:
+        assert torch.equal(simulated, exact)
+
+
 def values(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -59,8 +67,7 @@ def test_student_starts_and_ends_as_the_quantized_model(case: tuple[nn.Module, s
     quantized = fewbit.quantize(model, recipe, data)
     with torch.no_grad():
         exact = quantized(data[0])
-        assert torch.equal(student.eval()(data[0]).argmax(1), exact.argmax(1))
-        torch.testing.assert_close(student(data[0]), exact, atol=0.03 * float(exact.abs().max()), rtol=0)
+        assert_same(student.eval()(data[0]), exact, recipe)
     same = fewbit.convert(student)
     assert all(torch.equal(same.state_dict()[name], tensor) for name, tensor in quantized.state_dict().items())
     assert fewbit.plan_of(same).sites == fewbit.plan_of(quantized).sites
@@ -74,8 +81,7 @@ def test_what_was_trained_is_what_runs(case: tuple[nn.Module, str, list[Tensor]]
     assert losses[-1] < losses[0]
     quantized = fewbit.convert(student)
     with torch.no_grad():
-        exact = quantized(data[0])
-        torch.testing.assert_close(student.eval()(data[0]), exact, atol=0.03 * float(exact.abs().max()), rtol=0)
+        assert_same(student.eval()(data[0]), quantized(data[0]), recipe)
 
 
 def test_result_can_be_saved_and_loaded(cnn: nn.Module, images: list[Tensor], tmp_path: Path) -> None:

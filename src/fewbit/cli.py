@@ -21,7 +21,7 @@ from fewbit.ops import native
 from fewbit.report import make_folder, write_report, write_text
 from fewbit.search.answer import FLOAT
 from fewbit.targets import read_checkpoint, saved_bytes
-from fewbit.texts import random_windows, read_windows, text_task
+from fewbit.texts import own_windows, random_windows, read_windows, text_task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=fewbit.__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -63,6 +63,12 @@ def quantize(
     random_tokens: Annotated[
         bool, typer.Option("--random-tokens", help="for a folder: calibrate with tokens drawn at random")
     ] = False,
+    own_text: Annotated[
+        bool,
+        typer.Option(
+            "--own-text", help="for a folder: calibrate with what the model writes, which has to fit in memory"
+        ),
+    ] = False,
     bits: Annotated[float | None, typer.Option(help="of a weight on average: sensitive layers get more")] = None,
     size: Annotated[str | None, typer.Option(help='of the model, like "3.5GB": sensitive layers get more bits')] = None,
 ) -> None:
@@ -73,13 +79,18 @@ def quantize(
     """
     chosen = fewbit.load_recipe(recipe, exclude or ())
     mixed = bits is not None or size is not None
-    of_folder = {"--max-ram": max_ram is not None, "--text": text is not None, "--random-tokens": random_tokens}
+    data = {"--text": text is not None, "--own-text": own_text, "--random-tokens": random_tokens}
+    of_folder = {"--max-ram": max_ram is not None, **data}
     if given := [name for name, is_given in of_folder.items() if is_given and source.is_file()]:
         raise FewbitError(f"{source}: {given[0]} is for a Hugging Face folder; a task.py gives its own data.")
-    if text is not None and random_tokens:
-        raise FewbitError("--text and --random-tokens both say what to calibrate with: leave one out.")
-    if source.is_dir() and mixed and text is None:
-        raise FewbitError(f"{source}: --bits and --size measure which layers are sensitive: give a --text.")
+    if len(given := [name for name, is_given in data.items() if is_given]) > 1:
+        raise FewbitError(f"{' and '.join(given)} say what to calibrate with: take one of them.")
+    if source.is_dir() and mixed and (text is None and not own_text):
+        raise FewbitError(
+            f"{source}: --bits and --size measure which layers are sensitive: give a --text, or take --own-text."
+        )
+    if own_text and max_ram is not None:
+        raise FewbitError("--own-text has the float model in memory: leave out --max-ram, or take --random-tokens.")
     if source.is_dir() and mixed and max_ram is not None:
         raise FewbitError("--bits and --size have the float model and its gradients in memory: leave out --max-ram.")
     with processes.launched() as group, processes.sharing(group):
@@ -87,6 +98,8 @@ def quantize(
             calibration = None if text is None else read_windows(source, text)
             if random_tokens:
                 calibration = random_windows(source)
+            if own_text:
+                calibration = own_windows(fewbit.load_task(source).model)
             if mixed:
                 # The model is dropped: quantizing reads the folder piece by piece.
                 chosen = fewbit.mixed_precision(

@@ -14,6 +14,7 @@ from fewbit.task import Task, load_task
 WINDOWS = 16
 LENGTH = 1024
 RANDOM_WINDOWS, RANDOM_LENGTH = 8, 256
+OWN_WINDOWS, OWN_LENGTH, OWN_BATCH = 64, 32, 16  # many beginnings: a text stays with what it began with
 
 
 def read_windows(
@@ -48,14 +49,51 @@ def random_windows(
     A stand-in for a text: which inputs of a layer are large depends more on the model than on what it reads. FewbitError for a
     folder without the configuration of a language model, UnsupportedError without transformers.
     """
-    config = _read(folder, "AutoConfig", "configuration").get_text_config()
+    config = _read(folder, "AutoConfig", "configuration")
+    tokens = _random_tokens(config, (count, length), torch.Generator().manual_seed(seed), str(folder))
+    return [{"input_ids": window} for window in tokens.split(1)]
+
+
+def own_windows(
+    model: nn.Module, count: int = OWN_WINDOWS, length: int = OWN_LENGTH, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """``count`` windows of ``length`` tokens each that a language model writes itself, in batches of OWN_BATCH.
+
+    Each token is drawn from what the model predicts, the first is its begin token, or any if it has none: what a model has
+    learned is calibration data of its own kind, as in LLM-QAT (https://arxiv.org/abs/2305.17888). For models that are called
+    as those of transformers are, with or without a cache; FewbitError for others.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    where = f"own_windows: this {type(model).__name__}"
+    first = _random_tokens(getattr(model, "config", None), (count, 1), generator, where)
+    return [{"input_ids": _continued(model, begin, length, generator, where)} for begin in first.split(OWN_BATCH)]
+
+
+@torch.no_grad()
+def _continued(model: nn.Module, tokens: Tensor, length: int, generator: torch.Generator, where: str) -> Tensor:
+    device = next(model.parameters()).device
+    cache: Any = None
+    for _ in range(length - tokens.shape[1]):
+        given = tokens if cache is None else tokens[:, -1:]
+        output = model(input_ids=given.to(device), past_key_values=cache, use_cache=True)
+        logits, cache = getattr(output, "logits", None), getattr(output, "past_key_values", None)
+        if not isinstance(logits, Tensor):
+            raise FewbitError(f"{where} returned no logits: it is no language model.")
+        likely = logits[:, -1].float().softmax(-1).cpu()
+        tokens = torch.cat([tokens, torch.multinomial(likely, 1, generator=generator)], 1)
+    return tokens
+
+
+def _random_tokens(config: Any, shape: tuple[int, int], generator: torch.Generator, where: str) -> Tensor:
+    """Tokens drawn at random, the first of each row the begin token if there is one."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     if not isinstance(getattr(config, "vocab_size", None), int):
-        raise FewbitError(f"{folder}: a {type(config).__name__} has no vocab_size: it is no language model.")
-    tokens = torch.randint(0, config.vocab_size, (count, length), generator=torch.Generator().manual_seed(seed))
+        raise FewbitError(f"{where}: a {type(config).__name__} has no vocab_size: it is no language model.")
+    tokens = torch.randint(0, config.vocab_size, shape, generator=generator)
     begin = getattr(config, "bos_token_id", None)
     if isinstance(begin, int):
         tokens[:, 0] = begin
-    return [{"input_ids": window} for window in tokens.split(1)]
+    return tokens
 
 
 def read_tokenizer(folder: str | Path) -> Any:

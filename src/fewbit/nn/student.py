@@ -1,6 +1,7 @@
 """Fake-quantized twins of float layers, for training: float weights and learned steps, rounded in every forward.
 
-The codes that a forward rounds to are those that ``Student.quantized`` keeps: what is trained is what will run.
+The codes that a forward rounds to are those that ``Student.quantized`` keeps, and products are those of the quantized layer:
+what is trained is what will run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from fewbit.ops.fake_quantize import dynamic, learned
 from fewbit.ops.linear import ACTIVATIONS
 from fewbit.ops.pairs import bounded
 from fewbit.ops.recurrent import CELLS, States, scan
-from fewbit.qtensor import QTensor, dequantize, encode, pack, quantize_with, scale_values
+from fewbit.ops.simulated import simulated_conv, simulated_linear
+from fewbit.qtensor import QTensor, dequantize, dynamic_qparams, encode, pack, quantize_with, scale_values
 from fewbit.spec import QuantSpec, Scheme
 
 
@@ -167,18 +169,23 @@ class Student(nn.Module):
             return cast(Tensor, self.input_grid(x))
         return x if self.scheme.input is None else dynamic(x, self.scheme.input)
 
+    def simulates(self, x: Tensor) -> bool:
+        """Whether a product of x has the values that the quantized layer gives; else it is the float one of rounded values, as
+        where x stays float, and in autocast, which asks for products in another precision."""
+        return self.scheme.input is not None and not torch.is_autocast_enabled(x.device.type)
+
     def quantized(self, name: str = "weight") -> QTensor:
         """The weight matrix as the quantized layer keeps it."""
         grid = self.get_submodule(f"{name}_grid")
         assert isinstance(grid, LearnedGrid)
         return grid.quantize(self.matrix(name).detach())
 
-    def mean_step(self, name: str) -> float:
-        """The mean scale of a weight."""
+    def weight_scale(self, name: str = "weight") -> Tensor:
+        """The scales of a weight, float32."""
         grid = self.get_submodule(f"{name}_grid")
         assert isinstance(grid, LearnedGrid)
         scale, _ = grid.values()
-        return float(scale_values(scale, grid.spec).mean())
+        return scale_values(scale, grid.spec)
 
     def static_grid(self) -> tuple[Tensor, Tensor | None] | None:
         """Scale and zero point of the input if they are fixed."""
@@ -198,8 +205,12 @@ class StudentLinear(Student):
     bias: nn.Parameter | None
 
     def forward(self, input: Tensor) -> Tensor:
-        activation, _ = ACTIVATIONS[getattr(self, "activation", "none")]
-        return activation(linear(self.rounded_input(input), self.rounded(), self.bias))
+        activation = getattr(self, "activation", "none")
+        x, weight, spec = self.rounded_input(input), self.rounded(), self.scheme.input
+        if spec is None or not self.simulates(input):
+            return ACTIVATIONS[activation][0](linear(x, weight, self.bias))
+        grid = self.static_grid() or (None, None)
+        return simulated_linear(input, x, weight, self.bias, self.quantized(), spec, grid, activation)
 
 
 class StudentConv(Student):
@@ -218,7 +229,12 @@ class StudentConv(Student):
             input = pad(input, list(amounts), mode=self.padding_mode)
         if output_size is not None:
             geometry = geometry.with_output_size(tuple(input.shape), output_size)
-        return geometry(self.rounded_input(input), geometry.weight(self.rounded()), self.bias)
+        x, weight, spec = self.rounded_input(input), geometry.weight(self.rounded()), self.scheme.input
+        if spec is None or not self.simulates(input):
+            return geometry(x, weight, self.bias)
+        scale, _ = self.static_grid() or dynamic_qparams(input.detach(), spec)
+        scales = scale, self.weight_scale()
+        return simulated_conv(x, weight, self.bias, geometry, (spec, self.scheme.weight), scales)
 
 
 class StudentEmbedding(Student):

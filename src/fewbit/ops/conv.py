@@ -85,6 +85,31 @@ class Geometry:
             raise ValueError(f"output_size {list(output_size)} cannot come from an input of {list(input_size)}.")
         return replace(self, output_padding=tuple(padding))
 
+    def padded(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """``x`` with what the paddings "same" and "valid" add, and the convolution of that: amounts are numbers there."""
+        if not isinstance(self.padding, str):
+            return x, self
+        amounts: list[int] = []
+        for kernel, dilation in zip(self.weight_shape[:1:-1], reversed(self.dilation), strict=True):
+            total = dilation * (kernel - 1) if self.padding == "same" else 0
+            amounts += [total // 2, total - total // 2]
+        x = torch.nn.functional.pad(x, amounts) if any(amounts) else x
+        return x, replace(self, padding=(0,) * self.dims)
+
+    def backward(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of x, of the weight and of a bias from that of the result, those that are ``wanted``."""
+        assert not isinstance(self.padding, str)
+        batched = x.dim() > self.dims + 1
+        gradient, x = (t if batched else t[None] for t in (gradient, x))
+        channels = self.weight_shape[1] * self.groups if self.transposed else self.weight_shape[0]
+        shape = (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
+        for_x, for_weight, for_bias = torch.ops.aten.convolution_backward.default(
+            gradient, x, weight, [channels], *shape, wanted
+        )
+        return for_x if batched or for_x is None else for_x[0], for_weight, for_bias
+
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The convolution of float tensors."""
         function = _FUNCTIONS[self.dims, self.transposed]
@@ -111,30 +136,41 @@ def conv(
 
     ``spec`` says how x is quantized (None: it stays float); ``scale`` and ``zero_point`` its static grid, if it has one.
     """
-    granularity = weight.spec.granularity
-    per_row = granularity.kind in ("tensor", "token") or granularity == per_channel(0)
-    integers = weight.spec.number.is_integer and spec is not None and spec.number.is_integer
-    exact = integers and per_row and spec is not None and spec.granularity.kind == "tensor"
-    bound = largest_code(spec) * largest_code(weight.spec) if exact and spec is not None else 0
-    if spec is None or not exact or geometry.terms * bound > LARGEST_SUM:
+    if spec is None or not has_integer_conv(weight.spec, spec, geometry):
         x = x if spec is None else fake_quantize(x, spec, scale, zero_point)
         return geometry(x, geometry.weight(dequantize(weight, x.dtype)), bias)
     values, scale = integer_input(x.detach(), spec, scale, zero_point)
     weights = geometry.weight(integer_values(weight.codes, weight.zero_point, 0))
+    bound = largest_code(spec) * largest_code(weight.spec)
     with exactly(x):
-        sums = integer_conv(values, weights, bound, geometry)
-    channels = (-1,) + (1,) * geometry.dims
-    y = sums.to(torch.float32) * scale.reshape(()) * weight.scale_values.reshape(channels)
-    y = (y if bias is None else y + bias.reshape(channels)).to(x.dtype)
+        y = rescaled_conv(values, weights, bound, geometry, scale * weight.scale_values, bias).to(x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
         y = y + straight_through(torch.zeros_like(y), geometry(x, geometry.weight(dequantize(weight, x.dtype))))
     return y
 
 
+def has_integer_conv(weight: QuantSpec, spec: QuantSpec, geometry: Geometry) -> bool:
+    """Whether sums are those of integers, with one scale an output channel, and fit int32."""
+    granularity = weight.granularity
+    per_row = granularity.kind in ("tensor", "token") or granularity == per_channel(0)
+    if not (weight.number.is_integer and spec.number.is_integer and per_row and spec.granularity.kind == "tensor"):
+        return False
+    return geometry.terms * largest_code(spec) * largest_code(weight) <= LARGEST_SUM
+
+
+def rescaled_conv(
+    x: Tensor, weight: Tensor, bound: int, geometry: Geometry, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``integer_conv`` times ``scale``, of one element an output channel or one for all, plus ``bias``: float32."""
+    channels = (-1,) + (1,) * geometry.dims
+    y = integer_conv(x, weight, bound, geometry).to(torch.float32).mul_(scale.reshape(channels))
+    return y if bias is None else y.add_(bias.reshape(channels))
+
+
 def integer_conv(x: Tensor, weight: Tensor, bound: int, geometry: Geometry) -> Tensor:
-    """The convolution of integers held in float32, int32. ``|x_i * weight_j| <= bound``."""
+    """The convolution of integers held in float32: int32, or float32 where that holds them. ``|x_i * weight_j| <= bound``."""
     if geometry.terms * bound <= EXACT:
-        return geometry(x, weight).to(torch.int32)
+        return geometry(x, weight)
     axis = -1 - geometry.dims
     channels = x.shape[axis]
     piece = EXACT // (bound * math.prod(geometry.weight_shape[2:]))
