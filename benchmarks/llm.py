@@ -5,11 +5,11 @@
 
 The model's 4-bit source has its grid broken (examples/smollm2), or all 4-bit formats of groups of 32 would look lossless.
 Calibration: 16 windows of 1024 tokens of Austen's Emma, the begin token first; "novel and news": as many of BBC news beside
-them, and "the same" is the row of these; "trained": ``finetune`` from there, on sequences of 256 tokens of both texts, with products in bfloat16 if the CPU has those.
-Perplexity: 16 windows of Austen's other novels, as in the example, and 8 of the Brown corpus. KL (float | quantized) and how
-often both give the same most likely token: over the windows of both texts. ``bits`` count codes, scales and zero points of the
-linear layers but the tied output layer. Each row is a fresh process on all cores; ``seconds`` and ``peak MB`` are those of
-quantizing, the float model included in the memory.
+them, and "the same" is the row of these; "trained": ``finetune`` from there, on sequences of 256 tokens of both texts, with
+products in bfloat16 if the CPU has those. Perplexity: 16 windows of Austen's other novels, as in the example, and 8 of the
+Brown corpus. KL (float | quantized) and how often both give the same most likely token: over the windows of both texts.
+``bits`` count codes, scales and zero points of the linear layers but the tied output layer. Each row is a fresh process on all
+cores; ``seconds`` and ``peak MB`` are those of quantizing, the float model included in the memory.
 
 Without data: ``random tokens``, 2048 drawn at random; ``own text``, as many that the float model writes. ``mixed``: the bits
 of the linear layers on average; what more of them is worth where is measured on 32 sequences of 256 tokens of both texts. GGUF

@@ -23,7 +23,7 @@ ORDER = (
     ("graph",),
     ("transforms", "nn"),
     ("plan",),
-    ("batches", "processes", "progress", "tensorfile"),
+    ("batches", "divergence", "processes", "progress", "tensorfile"),
     ("calibration",),
     ("correction", "ranges"),
     ("sensitivity", "sequential"),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fewbit.batches import Call, run, to_call
+from fewbit.divergence import divergence
 from fewbit.errors import CalibrationError, PlanError, UnsupportedError
 from fewbit.graph import batch_size
 from fewbit.nn import LearnedGrid, Student
@@ -354,9 +355,7 @@ class Target:
         if not self.logits:
             return _mean_share(float_tensors(output), self.exact)
         found, _ = main_output(output)
-        p, q = (torch.log_softmax(x.float() / temperature, -1).flatten(0, -2) for x in (*self.exact, found))
-        terms = torch.where(p.isfinite(), p.exp() * (p - q), 0.0)
-        return terms.sum(1).mean() * temperature**2
+        return divergence(self.exact[0], found, temperature)
 
 
 def _mean_share(found: Iterable[Tensor], exact: Iterable[Tensor]) -> Tensor:

@@ -66,7 +66,10 @@ def own_windows(
     generator = torch.Generator().manual_seed(seed)
     where = f"own_windows: this {type(model).__name__}"
     first = _random_tokens(getattr(model, "config", None), (count, 1), generator, where)
-    return [{"input_ids": _continued(model, begin, length, generator, where)} for begin in first.split(OWN_BATCH)]
+    tokens = _continued(
+        model, first, length, generator, where
+    )  # at once: a step reads all weights, for one row or for many
+    return [{"input_ids": rows} for rows in tokens.split(OWN_BATCH)]
 
 
 @torch.no_grad()

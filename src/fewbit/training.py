@@ -44,8 +44,8 @@ def prepare_qat(
 ) -> nn.Module:
     """A copy of ``model`` to be trained as it will be quantized, in train mode. ``model`` itself is not changed.
 
-    It starts as ``quantize`` with the same arguments ends, computes what that model computes, and is an ordinary module: all that
-    it learns are parameters. ``convert`` makes the quantized model of it.
+    It starts as ``quantize`` with the same arguments ends, computes what that model computes, and is an ordinary module: all
+    that it learns are parameters. ``convert`` makes the quantized model of it.
 
     What is frozen in the model stays frozen, unless all of it is. ``trainable``: the share of the quantized layers whose
     weights are trained, those with the largest errors first; steps, biases and what is not quantized are trained anyway.

@@ -169,11 +169,6 @@ class Student(nn.Module):
             return cast(Tensor, self.input_grid(x))
         return x if self.scheme.input is None else dynamic(x, self.scheme.input)
 
-    def simulates(self, x: Tensor) -> bool:
-        """Whether a product of x has the values that the quantized layer gives; else it is the float one of rounded values, as
-        where x stays float, and in autocast, which asks for products in another precision."""
-        return self.scheme.input is not None and not torch.is_autocast_enabled(x.device.type)
-
     def quantized(self, name: str = "weight") -> QTensor:
         """The weight matrix as the quantized layer keeps it."""
         grid = self.get_submodule(f"{name}_grid")
@@ -207,7 +202,7 @@ class StudentLinear(Student):
     def forward(self, input: Tensor) -> Tensor:
         activation = getattr(self, "activation", "none")
         x, weight, spec = self.rounded_input(input), self.rounded(), self.scheme.input
-        if spec is None or not self.simulates(input):
+        if spec is None or _in_autocast(input):
             return ACTIVATIONS[activation][0](linear(x, weight, self.bias))
         grid = self.static_grid() or (None, None)
         return simulated_linear(input, x, weight, self.bias, self.quantized(), spec, grid, activation)
@@ -230,7 +225,7 @@ class StudentConv(Student):
         if output_size is not None:
             geometry = geometry.with_output_size(tuple(input.shape), output_size)
         x, weight, spec = self.rounded_input(input), geometry.weight(self.rounded()), self.scheme.input
-        if spec is None or not self.simulates(input):
+        if spec is None or _in_autocast(input):
             return geometry(x, weight, self.bias)
         scale, _ = self.static_grid() or dynamic_qparams(input.detach(), spec)
         scales = scale, self.weight_scale()
@@ -310,6 +305,11 @@ class StudentExperts(Student):
             return linear(self.rounded_input(x), own, bias_of(self, name, expert))
 
         return run_experts(self, product, hidden_states, top_k_index, top_k_weights)
+
+
+def _in_autocast(x: Tensor) -> bool:
+    """Whether products of x are asked for in another precision: they are those of rounded values then."""
+    return torch.is_autocast_enabled(x.device.type)
 
 
 STUDENTS: dict[type[QuantizedLayer], type[Student]] = {
