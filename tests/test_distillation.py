@@ -108,6 +108,26 @@ def test_autocast_is_for_what_trains_alone(autocast: bool) -> None:
     assert {p.dtype for p in tuned.parameters()} == {torch.float32}
 
 
+def test_what_trains_in_bfloat16_is_compared_as_what_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = nn.functional.normalize(self.linear(x), dim=1)
+            return y if y.dtype == torch.float32 else 1.01 * y  # as far off as bfloat16 may be
+
+    seen: list[bool] = []
+    distance = Target.distance
+    monkeypatch.setattr(Target, "distance", lambda self, *rest: (seen.append(self.logits), distance(self, *rest))[1])
+    batches = list(torch.randn(256, 16).split(32))
+    fewbit.finetune(Encoder().eval(), LOW, batches, steps=4, training=Training(autocast=True, held_out=0.25))
+    assert seen and not any(seen)
+
+
 def test_a_negative_loss_that_falls_is_trained_to_the_end() -> None:
     model, batches = network(0)
     count = 0

@@ -65,25 +65,47 @@ def test_random_tokens_are_the_same_each_time(folder: Path, tmp_path: Path) -> N
         random_windows(tmp_path)
 
 
-@pytest.mark.parametrize("has_cache", [True, False])
-def test_a_model_writes_what_it_predicts(folder: Path, has_cache: bool) -> None:
+def test_a_model_writes_what_it_predicts(folder: Path) -> None:
     model: Any = fewbit.load_task(folder).model
-    # Each token is followed by the next one in turn, whatever came before.
-    model.model.layers = torch.nn.ModuleList(model.model.layers[:1])
-    model.config.num_hidden_layers = 1
+    # Each token is followed by the next one, whatever came before.
     with torch.no_grad():
         for parameter in model.model.layers.parameters():
             parameter.zero_()
         table = torch.randn(512, model.config.hidden_size)
         model.model.embed_tokens.weight.copy_(table)
         model.lm_head.weight = torch.nn.Parameter(100 * table.roll(1, 0))
-    if not has_cache:
-        forward = model.forward
-        model.forward = lambda input_ids, **_: forward(input_ids=input_ids, use_cache=False)
     found = own_windows(model, 18, 5)
-    assert [window["input_ids"].shape for window in found] == [(16, 5), (2, 5)]
+    assert [window["input_ids"].shape for window in found] == [(8, 5), (8, 5), (2, 5)]
     begin = model.config.bos_token_id
     assert torch.cat([window["input_ids"] for window in found]).tolist() == [list(range(begin, begin + 5))] * 18
+
+
+def test_a_cache_changes_no_text(folder: Path) -> None:
+    model: Any = fewbit.load_task(folder).model
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # what comes next depends on what came before
+    [cached] = own_windows(model, 8, 20)
+    forward, given = model.forward, []
+
+    def without_cache(input_ids: torch.Tensor, **_: Any) -> Any:
+        given.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, use_cache=False)
+
+    model.forward = without_cache
+    [whole] = own_windows(model, 8, 20)
+    assert given == list(range(1, 20))
+    assert torch.equal(cached["input_ids"], whole["input_ids"])
+
+
+def test_dropout_is_off_while_a_model_writes(folder: Path) -> None:
+    model: Any = fewbit.load_task(folder).model
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: torch.nn.functional.dropout(output, 0.5, module.training)
+    )
+    [expected], state = own_windows(model, 8, 6), torch.get_rng_state()
+    [found] = own_windows(model.train(), 8, 6)
+    assert torch.equal(found["input_ids"], expected["input_ids"]) and model.training
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_a_model_writes_is_the_same_each_time(folder: Path) -> None:
@@ -95,6 +117,16 @@ def test_what_a_model_writes_is_the_same_each_time(folder: Path) -> None:
     assert len({*own_windows(model, 8, 2)[0]["input_ids"][:, 0].tolist()}) > 1
     with pytest.raises(FewbitError, match="own_windows: this Linear: a NoneType has no vocab_size"):
         own_windows(torch.nn.Linear(2, 2))
+    model.config.bos_token_id = 10**6
+    with pytest.raises(FewbitError, match=r"own_windows: this LlamaForCausalLM raised IndexError on \[3, 1\] tokens"):
+        own_windows(model, 3)
+    model.config.bos_token_id = None
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(
+        FewbitError, match="returned logits with NaN or infinity: load it in float32, or calibrate with"
+    ):
+        own_windows(model)
     encoder = model.model
     with pytest.raises(FewbitError, match="own_windows: this LlamaModel returned no logits"):
         own_windows(encoder)

@@ -85,7 +85,7 @@ def quantize(
         raise FewbitError(f"{source}: {given[0]} is for a Hugging Face folder; a task.py gives its own data.")
     if len(given := [name for name, is_given in data.items() if is_given]) > 1:
         raise FewbitError(f"{' and '.join(given)} say what to calibrate with: take one of them.")
-    if source.is_dir() and mixed and (text is None and not own_text):
+    if source.is_dir() and mixed and text is None and not own_text:
         raise FewbitError(
             f"{source}: --bits and --size measure which layers are sensitive: give a --text, or take --own-text."
         )
@@ -95,11 +95,15 @@ def quantize(
         raise FewbitError("--bits and --size have the float model and its gradients in memory: leave out --max-ram.")
     with processes.launched() as group, processes.sharing(group):
         if source.is_dir():
-            calibration = None if text is None else read_windows(source, text)
-            if random_tokens:
+            calibration = None
+            if text is not None:
+                calibration = read_windows(source, text)
+            elif random_tokens:
                 calibration = random_windows(source)
-            if own_text:
-                calibration = own_windows(fewbit.load_task(source).model)
+            elif own_text:
+                with processes.together():
+                    written = own_windows(fewbit.load_task(source).model) if processes.is_first() else None
+                calibration = processes.gathered(written)[0]
             if mixed:
                 # The model is dropped: quantizing reads the folder piece by piece.
                 chosen = fewbit.mixed_precision(

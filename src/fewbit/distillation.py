@@ -47,10 +47,10 @@ class Training:
     Kullback-Leibler divergence at ``temperature``; 0 leaves ``loss`` alone. ``features``: the weight, beside it, of what the
     quantized layers give: the mean of their squared errors, each as a share of the float layer's squares. It is trained on, but
     does not judge. ``average``: the decay of the moving average of all parameters, which is what is kept. ``held_out``: the
-    share of the data that is not trained on but judges. ``autocast``: products of training are in bfloat16 (torch.autocast),
-    twice as fast on CPUs that have it (avx512_bf16, amx) and on GPUs; what judges is not. ``trainable``: see ``prepare_qat``.
-    ``logits``: whether the output is logits; None: what a mapping has as "logits" is, and so is a tensor with two axes, unless
-    all its rows have length 1.
+    share of the data that is not trained on but judges. ``autocast``: training runs in bfloat16 (torch.autocast), ``loss`` too,
+    which is faster on CPUs that have its products (avx512_bf16, amx) and on GPUs; what judges does not. ``trainable``: see
+    ``prepare_qat``. ``logits``: whether the output is logits; None: what a mapping has as "logits" is, and so is a tensor with
+    two axes, unless all its rows have length 1.
 
     PlanError for values outside of what is possible.
     """
@@ -247,7 +247,7 @@ def _train(
 
     @torch.no_grad()
     def target_of(batch: Any) -> Target | None:
-        return Target.of(output_of(teacher, batch), settings.logits) if settings.teacher else None
+        return Target.of(output_of(teacher, batch), logits) if settings.teacher else None
 
     @torch.no_grad()
     def judged(values: list[Tensor]) -> Tensor:
@@ -256,7 +256,9 @@ def _train(
         _exchange(parameters, kept)
         return errors
 
+    logits = settings.logits
     held_out = [(batch, target_of(batch)) for batch in data.held_out]
+    logits = held_out[0][1].logits if held_out[0][1] is not None else logits  # trained on as it is judged
     average = [p.detach().clone() for p in masters]
     start, at_start = [p.clone() for p in average], judged(average)
     best, least, waiting, due, checks = start, at_start, 0, 1 / CHECKS, 0

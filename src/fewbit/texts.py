@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbit.batches import evaluating
 from fewbit.errors import CalibrationError, FewbitError, UnsupportedError
 from fewbit.task import Task, load_task
 
 WINDOWS = 16
 LENGTH = 1024
 RANDOM_WINDOWS, RANDOM_LENGTH = 8, 256
-OWN_WINDOWS, OWN_LENGTH, OWN_BATCH = 64, 32, 16  # many beginnings: a text stays with what it began with
+OWN_WINDOWS, OWN_LENGTH, OWN_BATCH = 64, 32, 8  # many beginnings: a text stays with what it began with
 
 
 def read_windows(
@@ -66,25 +67,34 @@ def own_windows(
     generator = torch.Generator().manual_seed(seed)
     where = f"own_windows: this {type(model).__name__}"
     first = _random_tokens(getattr(model, "config", None), (count, 1), generator, where)
-    tokens = _continued(
-        model, first, length, generator, where
-    )  # at once: a step reads all weights, for one row or for many
+    # All at once: a step reads all weights, for one window or for many.
+    with evaluating(model):
+        tokens = _continued(model, first, length, generator, where)
     return [{"input_ids": rows} for rows in tokens.split(OWN_BATCH)]
 
 
 @torch.no_grad()
 def _continued(model: nn.Module, tokens: Tensor, length: int, generator: torch.Generator, where: str) -> Tensor:
     device = next(model.parameters()).device
+    instead = "calibrate with a text or with random tokens"
     cache: Any = None
     for _ in range(length - tokens.shape[1]):
         given = tokens if cache is None else tokens[:, -1:]
-        output = model(input_ids=given.to(device), past_key_values=cache, use_cache=True)
+        try:
+            output = model(input_ids=given.to(device), past_key_values=cache, use_cache=True)
+        # A model raises anything on inputs it was not made for.
+        except Exception as error:
+            raise FewbitError(
+                f"{where} raised {type(error).__name__} on {list(given.shape)} tokens: {error}"
+            ) from error
         logits, cache = getattr(output, "logits", None), getattr(output, "past_key_values", None)
         if not isinstance(logits, Tensor):
-            raise FewbitError(f"{where} returned no logits: it is no language model.")
+            raise FewbitError(f"{where} returned no logits: it is no language model; {instead}.")
         likely = logits[:, -1].float().softmax(-1).cpu()
+        if not bool(likely.isfinite().all()):
+            raise FewbitError(f"{where} returned logits with NaN or infinity: load it in float32, or {instead}.")
         tokens = torch.cat([tokens, torch.multinomial(likely, 1, generator=generator)], 1)
-    return tokens
+    return tokens.to(device)
 
 
 def _random_tokens(config: Any, shape: tuple[int, int], generator: torch.Generator, where: str) -> Tensor:

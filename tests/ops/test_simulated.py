@@ -16,7 +16,7 @@ from fewbit.ops.simulated import simulated_conv, simulated_linear
 from fewbit.qtensor import dequantize, fake_quantize, qparams, quantize
 from fewbit.spec import PER_TOKEN, QuantSpec, per_channel, per_group
 
-INT8, UINT8 = QuantSpec("int8", per_channel(0)), QuantSpec("uint8", symmetric=False)
+INT8, UINT8 = QuantSpec("int8", per_channel(0)), QuantSpec("uint8", symmetric=False, observer="minmax")
 CONVS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "padding": (partial(nn.Conv2d, 6, 8, 3, padding=1), (2, 6, 9, 8)),
     "stride-dilation": (partial(nn.Conv2d, 6, 8, (3, 2), stride=(1, 2), dilation=(2, 1), padding=(2, 1)), (2, 6, 9, 8)),
@@ -83,6 +83,23 @@ def test_linear_layers(weight_spec: QuantSpec, spec: QuantSpec, activation: str)
     exact = ACTIVATIONS[activation][0](nn.functional.linear(*rounded, bias))
     for found, expected in zip(gradients(y, inputs), gradients(exact, inputs), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_channels_last_and_what_is_frozen() -> None:
+    torch.manual_seed(0)
+    module = nn.Conv2d(6, 8, 3, padding=1)
+    geometry, spec = geometry_of(module), QuantSpec("int8")
+    grid = qparams(torch.tensor([-2.0]), torch.tensor([2.0]), spec)
+    weight = quantize(geometry.matrix(module.weight.detach()), INT8)
+    x = fake_quantize(torch.randn(2, 6, 9, 8), spec, *grid)
+    rounded, scales = geometry.weight(dequantize(weight)), (grid[0], weight.scale_values)
+    expected = simulated_conv(x, rounded, None, geometry, (spec, INT8), scales)
+    last = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = simulated_conv(last, rounded, None, geometry, (spec, INT8), scales)
+    assert torch.equal(y, expected)
+    [found] = gradients(y, [last])
+    [exact] = gradients(geometry(last, rounded), [last])
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
 
 def test_what_an_input_of_zeros_gives() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fewbit.nn.layer import QuantizedLayer
-from fewbit.ops.linear import DTYPES, call, linear, numbers_of
-from fewbit.qtensor import QTensor, dequantize, one_level, scale_dtype
+from fewbit.ops.linear import DTYPES, as_kernels_read, call, linear, numbers_of
+from fewbit.qtensor import QTensor, dequantize, scale_dtype
 
 
 class Linear(QuantizedLayer):
@@ -64,9 +64,8 @@ class Linear(QuantizedLayer):
         kept = self._kept
         if kept is not None and versions == kept[1] and all(map(operator.is_, sources, kept[0])):
             return kept[2]
-        weight = self.qtensor()
-        codes = weight.codes if self._six_bits else weight.packed
-        scale = cast(Tensor, one_level(weight).scale)
+        weight = as_kernels_read(self.qtensor())
+        codes, scale = weight.packed, cast(Tensor, weight.scale)
         if not torch.compiler.is_compiling():
             self._kept = (sources, versions, (codes, scale))
         return codes, scale

@@ -1,7 +1,7 @@
 """Fake-quantized twins of float layers, for training: float weights and learned steps, rounded in every forward.
 
-The codes that a forward rounds to are those that ``Student.quantized`` keeps, and products are those of the quantized layer:
-what is trained is what will run.
+The codes that a forward rounds to are those that ``Student.quantized`` keeps, and products of rounded inputs are those of the
+quantized layer: what is trained is what will run.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class StudentLinear(Student):
     def forward(self, input: Tensor) -> Tensor:
         activation = getattr(self, "activation", "none")
         x, weight, spec = self.rounded_input(input), self.rounded(), self.scheme.input
-        if spec is None or _in_autocast(input):
+        if spec is None or _in_float(input):
             return ACTIVATIONS[activation][0](linear(x, weight, self.bias))
         grid = self.static_grid() or (None, None)
         return simulated_linear(input, x, weight, self.bias, self.quantized(), spec, grid, activation)
@@ -225,7 +225,7 @@ class StudentConv(Student):
         if output_size is not None:
             geometry = geometry.with_output_size(tuple(input.shape), output_size)
         x, weight, spec = self.rounded_input(input), geometry.weight(self.rounded()), self.scheme.input
-        if spec is None or _in_autocast(input):
+        if spec is None or _in_float(input):
             return geometry(x, weight, self.bias)
         scale, _ = self.static_grid() or dynamic_qparams(input.detach(), spec)
         scales = scale, self.weight_scale()
@@ -307,9 +307,10 @@ class StudentExperts(Student):
         return run_experts(self, product, hidden_states, top_k_index, top_k_weights)
 
 
-def _in_autocast(x: Tensor) -> bool:
-    """Whether products of x are asked for in another precision: they are those of rounded values then."""
-    return torch.is_autocast_enabled(x.device.type)
+def _in_float(x: Tensor) -> bool:
+    """Whether products of rounded x are float ones: autocast asks for another precision, and where there are no kernels those
+    of integers in groups would take several times as long."""
+    return x.device.type != "cpu" or torch.is_autocast_enabled("cpu")
 
 
 STUDENTS: dict[type[QuantizedLayer], type[Student]] = {

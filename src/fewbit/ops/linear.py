@@ -10,6 +10,7 @@ The operators themselves have no gradients, which would cost time in every call:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +27,7 @@ from fewbit.ops.reference import (
     integer_values,
     largest_code,
 )
-from fewbit.qtensor import QTensor, dequantize, fake_quantize, straight_through
+from fewbit.qtensor import QTensor, dequantize, fake_quantize, one_level, straight_through
 from fewbit.spec import PER_TOKEN, Granularity, QuantSpec, per_channel, per_group
 
 BLOCK = 32  # the groups that kernels take are multiples of it
@@ -100,6 +101,14 @@ def has_kernel(weight: QTensor) -> bool:
     plain = isinstance(weight.scale, Tensor) and weight.scale.dtype in (torch.float32, torch.bfloat16)
     by_row = in_groups or granularity in (per_channel(0), PER_TOKEN)
     return weight.spec.format in ("int8", "int4") and plain and by_row and weight.shape[1] > 0
+
+
+def as_kernels_read(weight: QTensor) -> QTensor:
+    """The same numbers with scales of one level, and 6-bit codes as bytes."""
+    weight = one_level(weight)
+    if weight.spec.format != "int6":
+        return weight
+    return replace(weight, packed=weight.codes, spec=replace(weight.spec, format="int8"))
 
 
 def is_dynamic_int8(spec: QuantSpec) -> bool:

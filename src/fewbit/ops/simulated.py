@@ -1,4 +1,4 @@
-"""Layers in training: the values that the quantized layer gives, with the gradients of the float product of rounded values.
+"""Layers with rounded inputs in training: the values of the quantized layer, with the gradients of the float product.
 
 The float product of rounded values would be the same but for float rounding; that moves a value over the middle between two
 codes now and then, and after some layers an answer.
@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fewbit.ops.conv import Geometry, has_integer_conv, rescaled_conv
-from fewbit.ops.linear import ACTIVATIONS, linear
+from fewbit.ops.linear import ACTIVATIONS, as_kernels_read, linear
 from fewbit.ops.reference import largest_code
-from fewbit.qtensor import QTensor, one_level
+from fewbit.qtensor import QTensor
 from fewbit.spec import QuantSpec
 
 
@@ -31,7 +32,7 @@ def simulated_linear(
 ) -> Tensor:
     """``fewbit.ops.linear`` of x with the weight ``codes``. ``rounded`` and ``weight`` are what both are rounded to: the
     gradients are theirs."""
-    codes = one_level(codes)
+    codes = as_kernels_read(codes)
 
     def product(x: Tensor, activation: str) -> Tensor:
         return linear(x.detach(), codes, bias, spec, *grid, activation=activation)
@@ -47,7 +48,8 @@ def simulated_conv(
     specs: tuple[QuantSpec, QuantSpec],
     scales: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """``fewbit.ops.conv`` of x and a weight that are rounded already, to grids of these specs and scales, x's first."""
+    """``fewbit.ops.conv`` of x and a weight that are rounded already, to grids of these specs and scales, x's first; the float
+    product where sums are not those of integers, or values of 16 bits do not tell the codes."""
     if x.dtype != torch.float32 or not has_integer_conv(specs[1], specs[0], geometry):
         return geometry(x, weight, bias)
     x, geometry = geometry.padded(x)
@@ -69,13 +71,15 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        rounded, weight, _, _, ctx.product, ctx.activation = inputs
-        ctx.save_for_backward(rounded, weight)
+        rounded, weight, _, _, product, ctx.activation = inputs
+        ctx.product = None if ctx.activation == "none" else product
+        ctx.save_for_backward(rounded if ctx.product or ctx.needs_input_grad[1] else None, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         rounded, weight = ctx.saved_tensors
-        if ctx.activation != "none":
+        if ctx.product:
             gradient = ACTIVATIONS[ctx.activation][1](gradient, ctx.product(rounded, "none"))
         rows = gradient.reshape(-1, gradient.shape[-1])
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -107,6 +111,7 @@ class _Conv(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return (*ctx.geometry.backward(gradient, x, weight, ctx.needs_input_grad[:3]), None, None, None)
