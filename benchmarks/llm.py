@@ -236,7 +236,6 @@ ROWS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "GPTQ, 8-bit table, target W": gptq(dampings=(1e9,)),
     "GPTQ, 8-bit table": gptq(),
     "int4-gptq": own("int4-gptq", "Emma"),
-    "int4-gptq, 6-bit table, own text": own(GPTQ_6, "own"),
     "int4-gptq, 6-bit table": own(GPTQ_6, "Emma"),
     "int4-gptq, 6-bit table, novel and news": own(GPTQ_6, "both"),
     "the same, trained": trained(36, lambda _: GPTQ_6),

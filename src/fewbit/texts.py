@@ -15,7 +15,7 @@ from fewbit.task import Task, load_task
 WINDOWS = 16
 LENGTH = 1024
 RANDOM_WINDOWS, RANDOM_LENGTH = 8, 256
-OWN_WINDOWS, OWN_LENGTH, OWN_BATCH = 64, 32, 8  # many beginnings: a text stays with what it began with
+OWN_WINDOWS, OWN_LENGTH, OWN_BATCH = 128, 16, 16  # many beginnings: a text stays with what it began with
 
 
 def read_windows(
