@@ -234,7 +234,7 @@ def _train(
 
     kind = parameters[0].device.type
 
-    def in_products() -> AbstractContextManager[None]:
+    def in_precision() -> AbstractContextManager[None]:
         return torch.autocast(kind, torch.bfloat16) if settings.autocast else nullcontext()
 
     def output_of(model: nn.Module, batch: Any) -> Any:
@@ -268,9 +268,9 @@ def _train(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * factor
         student.zero_grad()
-        with _outputs(teacher, layers) as exact, in_products():
+        with _outputs(teacher, layers) as exact, in_precision():
             target = target_of(batch)
-        with _outputs(student, layers) as found, in_products():
+        with _outputs(student, layers) as found, in_precision():
             error = total(batch, target)
         if [x.shape for x in found] == [x.shape for x in exact]:  # not where values decide what is called
             error = error + settings.features * _mean_share(found, exact)

@@ -1,7 +1,7 @@
 """The Kullback-Leibler divergence of logits and its gradient, a few rows at a time.
 
 For a vocabulary of 50,000 a batch of logits is hundreds of megabytes, and each step of the formula another pass through memory;
-rows that stay in the cache until their gradient is there make a third of a training step less.
+here rows stay in the cache until their gradient is there.
 """
 
 from __future__ import annotations
