@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,15 +81,9 @@ def random_tokens() -> list[dict[str, Tensor]]:
 
 def own(how: fewbit.Recipe | str | Callable[[nn.Module], fewbit.Recipe], data: str) -> Callable[[nn.Module], nn.Module]:
     def make(model: nn.Module) -> nn.Module:
-        data_of = {
-            "none": lambda: None,
-            "random": random_tokens,
-            "own": lambda: [{"input_ids": torch.cat([batch["input_ids"] for batch in own_windows(model)])}],
-            "Emma": calibration,
-            "both": two_kinds,
-        }
-        given = data_of[data]()
-        return fewbit.quantize(model, how(model) if callable(how) else how, given)
+        written = partial(own_windows, model)
+        given = {"none": list, "random": random_tokens, "own": written, "Emma": calibration, "both": two_kinds}[data]()
+        return fewbit.quantize(model, how(model) if callable(how) else how, given or None)
 
     return make
 
